@@ -1,0 +1,538 @@
+"""Conservative Offline Model-Based Policy Optimization (COMBO). Yu et al. 2021, arXiv:2102.08363.
+
+Learn a model of the environment, roll the policy out in it, and learn from real and imagined steps
+together, with a critic that is pushed down where the model went and up where the data is. No estimate
+of the model's error is needed.
+
+    Conservative policy evaluation (Section 3): d_f holds a fraction f of the data's steps and 1 - f of
+    the model's, rho the states of the model or of that mixture,
+
+    min_Q  beta (E_s~rho[ log sum_a exp Q(s, a) ] - E_s,a~D[ Q(s, a) ])
+           + E_s,a,r,s'~d_f[ (r + gamma Q_target(s', a') - Q(s, a))^2 ],   a' ~ pi(. | s').
+
+    Policy improvement: soft actor-critic on the states of d_f.
+    Model: an ensemble of N(mean(s, a), std(s, a)^2) for (s' - s, r), by maximum likelihood.
+
+Run: python algorithms/combo.py --env halfcheetah-medium-v2
+
+The sum over actions is CQL's: importance weights from 10 uniform actions, 10 of pi(. | s) and 10 of
+pi(. | s'), for each critic by itself. Settings of the trusted port, github.com/yihaosun1124/OfflineRL-Kit:
+both squared errors whole, not halved; the target without entropy. Differs from it: the log-sum-exp runs
+over all 30 actions (a reshape lost there leaves 3); each member of the model has its own bounds of the
+variance; each elite serves an equal share of a rollout's rows, drawn anew at each step; LeCun instead
+of PyTorch's initialisation; no normalisation of observations is theirs too, but can be asked for.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import distrax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from flax import struct
+from flax.training.train_state import TrainState
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
+from common import datasets, evaluation, experiment  # noqa: E402
+
+
+# The port's values where they depend on the data; the longest name that fits, see Config.
+PAPER = {
+    "default": dict(horizon=5, beta=5.0),
+    "halfcheetah-medium": dict(horizon=5, beta=0.5),
+    "halfcheetah-medium-replay": dict(horizon=5, beta=0.5),
+    "halfcheetah-medium-expert": dict(horizon=5, beta=5.0),
+    "hopper-medium": dict(horizon=5, beta=5.0),
+    "hopper-medium-replay": dict(horizon=5, beta=0.5),
+    "hopper-medium-expert": dict(horizon=5, beta=5.0),
+    "walker2d-medium": dict(horizon=1, beta=5.0),
+    "walker2d-medium-replay": dict(horizon=1, beta=0.5),
+    "walker2d-medium-expert": dict(horizon=1, beta=5.0),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env_id: str = ""  # Gymnasium id to score on; only for a bare file
+    seed: int = 0  # first seed
+    num_seeds: int = 1  # seeds trained together under vmap
+    num_updates: int = 1_000_000  # gradient steps
+    eval_every: int = 10_000  # gradient steps between evaluations; one compiled chunk
+    eval_episodes: int = 10  # episodes per evaluation and seed
+    out: str = "runs"  # where run folders go
+    resume: str = ""  # run folder to continue
+    wandb: bool = False  # also log to Weights & Biases
+    batch_size: int = 256  # transitions per gradient step
+    gamma: float = 0.99  # discount
+    actor_lr: float = 1e-4  # Adam, the policy's (by a cosine to 0) and the temperature's
+    critic_lr: float = 3e-4  # Adam, the critics'
+    polyak: float = 0.005  # step of the target network
+    widths: tuple[int, ...] = (256, 256, 256)  # hidden layers of policy and critics
+    normalize: bool = False  # standardise observations
+    # --- COMBO ---
+    beta: float | None = None  # weight of the penalty; None: PAPER[dataset], else 5
+    num_actions: int = 10  # sampled actions of each of the three kinds
+    max_backup: bool = False  # the target takes the best of num_actions next actions
+    real_fraction: float = 0.5  # f, the data's part of a minibatch
+    rho: Literal["mixture", "model"] = "mixture"  # states at which Q is pushed down
+    horizon: int | None = None  # steps of a model rollout; None: PAPER[dataset], else 5
+    rollout_every: int = 1_000  # gradient steps between rollouts
+    rollout_batch: int = 50_000  # rows of a rollout, started from states of the data
+    retain: int = 5  # rollouts that the ring holds
+    termination: bool = True  # rollouts stop at the environment's terminal states
+    save_every: int = 20_000  # gradient steps between checkpoints: they hold the ring
+    # --- Dynamics ---
+    model_widths: tuple[int, ...] = (200, 200, 200, 200)  # hidden layers of a member
+    model_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # weight decay by layer
+    model_lr: float = 1e-3  # Adam
+    num_members: int = 7  # networks that are trained
+    num_elites: int = 5  # networks that are used, the best on the holdout
+    patience: int = 5  # training ends after so many epochs without a gain of 1 % by any member
+    max_epochs: int = 1_000  # training ends at the latest
+
+
+class MLP(nn.Module):
+    widths: tuple[int, ...]
+    out: int
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.out)(x)
+
+
+class TanhNormal(distrax.Transformed):
+    """tanh(u), u ~ N(mean, std^2), independent over the last axis."""
+
+    def __init__(self, mean, std):
+        gaussian = distrax.MultivariateNormalDiag(mean, std)
+        super().__init__(gaussian, distrax.Block(distrax.Tanh(), 1))
+
+    def mode(self):
+        """The median, tanh(mean)."""
+        return jnp.tanh(self.distribution.mean())
+
+
+class Actor(nn.Module):
+    """pi(a | s), a tanh-squashed Gaussian; a learned affine map starts its std small."""
+
+    widths: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, obs):
+        mean, log_std = jnp.split(MLP(self.widths, 2 * self.action_dim)(obs), 2, -1)
+        scale = self.param("log_std_scale", nn.initializers.constant(1.0), ())
+        shift = self.param("log_std_shift", nn.initializers.constant(-1.0), ())
+        return TanhNormal(mean, jnp.exp((scale * log_std + shift).clip(-20, 2)))
+
+
+class Critic(nn.Module):
+    """Q(s, a) of one member; the ensemble is a vmap over parameters."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, obs, action):
+        return MLP(self.widths, 1)(jnp.concatenate([obs, action], -1)).squeeze(-1)
+
+
+class Positive(nn.Module):
+    """One learned positive number: a temperature or a multiplier."""
+
+    start: float
+
+    @nn.compact
+    def __call__(self):
+        return jnp.exp(self.param("log", nn.initializers.constant(math.log(self.start)), ()))
+
+
+# --- Dynamics ---
+
+
+class Gaussian(nn.Module):
+    """One member: mean and log-variance of (s' - s, r) for a standardised (s, a)."""
+
+    widths: tuple[int, ...]
+    out: int
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.widths:
+            x = nn.swish(nn.Dense(width)(x))
+        mean, logvar = jnp.split(nn.Dense(2 * self.out)(x), 2, -1)
+        upper = self.param("upper", nn.initializers.constant(0.5), (self.out,))
+        lower = self.param("lower", nn.initializers.constant(-10.0), (self.out,))
+        logvar = upper - nn.softplus(upper - logvar)
+        return mean, lower + nn.softplus(logvar - lower)
+
+
+@struct.dataclass
+class Dynamics:
+    params: dict  # of Gaussian, members stacked on axis 0
+    mean: jax.Array  # (D + A,) of the inputs
+    std: jax.Array  # (D + A,)
+
+
+@struct.dataclass
+class Fit:
+    """A model in training, M members."""
+
+    model: TrainState
+    dynamics: Dynamics  # each member as it was at its lowest holdout error
+    error: jax.Array  # (M,) that error
+    stale: jax.Array  # epochs since any member last gained
+    bootstrap: jax.Array  # (M, N) each member's rows of the data, drawn with replacement
+    holdout: jax.Array  # (H,) rows kept for validation
+
+
+def model_pairs(data, rows):
+    """Inputs (s, a) and targets (s' - s, r) at those rows of a Batch."""
+    obs, action, reward, next_obs, _ = jax.tree.map(lambda x: x[rows], data)
+    inputs = jnp.concatenate([obs, action], -1)
+    return inputs, jnp.concatenate([next_obs - obs, reward[..., None]], -1)
+
+
+def init_fit(key, data, cfg):
+    """A fresh ensemble, and the rows that each member learns from, for one seed."""
+    k_params, k_holdout, k_bootstrap = jax.random.split(key, 3)
+    rows = jax.random.permutation(k_holdout, len(data.reward))
+    size = min(len(rows) // 5, 1000)
+    holdout, train = rows[:size], rows[size:]
+    inputs, targets = model_pairs(data, train)
+    net = Gaussian(cfg.model_widths, targets.shape[-1])
+    params = jax.vmap(net.init, (0, None))(jax.random.split(k_params, cfg.num_members), inputs[0])
+    return Fit(
+        model=TrainState.create(apply_fn=net.apply, params=params, tx=optax.adam(cfg.model_lr)),
+        dynamics=Dynamics(params, inputs.mean(0), inputs.std(0) + 1e-6),
+        error=jnp.full(cfg.num_members, jnp.inf),
+        stale=jnp.zeros((), int),
+        bootstrap=jax.random.choice(k_bootstrap, train, (cfg.num_members, len(train))),
+        holdout=holdout,
+    )
+
+
+def model_loss(params, fit, inputs, targets, cfg):
+    """Negative log-likelihood, weight decay, and a pull on the bounds of the variance; one member."""
+    x = (inputs - fit.dynamics.mean) / fit.dynamics.std
+    mean, logvar = fit.model.apply_fn(params, x)
+    nll = jnp.mean((mean - targets) ** 2 * jnp.exp(-logvar) + logvar)
+    p = params["params"]
+    kernels = [p[f"Dense_{i}"]["kernel"] for i in range(len(cfg.model_widths) + 1)]
+    decay = sum(c / 2 * jnp.sum(w**2) for c, w in zip(cfg.model_decay, kernels, strict=True))
+    return nll + decay + 0.01 * jnp.sum(p["upper"] - p["lower"])
+
+
+def fit_epoch(fit, data, key, cfg):
+    """One pass of each member over its rows, then its error on the holdout."""
+
+    def step(model, rows):  # (M, B)
+        def loss(params):
+            pairs = model_pairs(data, rows)
+            return jax.vmap(model_loss, (0, None, 0, 0, None))(params, fit, *pairs, cfg).sum()
+
+        value, grads = jax.value_and_grad(loss)(model.params)
+        return model.apply_gradients(grads=grads), value
+
+    rows = jax.random.permutation(key, fit.bootstrap, 1, independent=True)
+    size = min(cfg.batch_size, rows.shape[1])
+    steps = rows.shape[1] // size
+    rows = rows[:, : steps * size].reshape(-1, steps, size).swapaxes(0, 1)  # (steps, M, B)
+    model, losses = jax.lax.scan(step, fit.model, rows)
+
+    inputs, targets = model_pairs(data, fit.holdout)
+    x = (inputs - fit.dynamics.mean) / fit.dynamics.std
+    mean, _ = jax.vmap(fit.model.apply_fn, (0, None))(model.params, x)  # (M, H, D + 1)
+    error = jnp.mean((mean - targets) ** 2, (1, 2))
+    gained = (error < 0.99 * fit.error) & (fit.stale < cfg.patience)  # (M,)
+
+    def keep(new, old):
+        return jnp.where(gained.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    best = jax.tree.map(keep, model.params, fit.dynamics.params)
+    fit = fit.replace(
+        model=model,
+        dynamics=fit.dynamics.replace(params=best),
+        error=keep(error, fit.error),
+        stale=jnp.where(gained.any(), 0, fit.stale + 1),
+    )
+    return fit, {"train_loss": losses.mean(), "holdout_error": error}
+
+
+def elites(fit, cfg):
+    """The members with the lowest holdout error."""
+    best = jnp.argsort(fit.error)[: cfg.num_elites]
+    params = jax.tree.map(lambda x: x[best], fit.dynamics.params)
+    return fit.dynamics.replace(params=params)
+
+
+def fit_dynamics(keys, data, cfg, log):
+    """The elites of each seed, trained epoch by epoch until the holdout error falls for none."""
+    fold = jax.vmap(jax.random.fold_in, (0, None))
+    fit = jax.jit(jax.vmap(partial(init_fit, cfg=cfg), (0, None)))(fold(keys, 0), data)
+    train = jax.jit(jax.vmap(partial(fit_epoch, cfg=cfg), (0, None, 0)), donate_argnums=0)
+    for epoch in range(1, cfg.max_epochs + 1):
+        fit, info = train(fit, data, fold(keys, epoch))
+        error, best = jnp.mean(info["holdout_error"]), jnp.sort(fit.error)[:, : cfg.num_elites]
+        log(f"model epoch {epoch}: holdout error {error:.4f}, best of the elites {best.mean():.4f}")
+        if (fit.stale >= cfg.patience).all():
+            break
+    return jax.jit(jax.vmap(partial(elites, cfg=cfg)))(fit)
+
+
+def model_step(dynamics, obs, action, key, cfg):
+    """Sampled s' (R, D) and r (R,); each elite serves R / E consecutive rows."""
+    net = Gaussian(cfg.model_widths, obs.shape[-1] + 1)
+    x = (jnp.concatenate([obs, action], -1) - dynamics.mean) / dynamics.std
+    x = x.reshape(cfg.num_elites, -1, x.shape[-1])
+    mean, logvar = jax.vmap(net.apply)(dynamics.params, x)
+    step = mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
+    step = step.reshape(len(obs), -1)
+    return obs + step[:, :-1], step[:, -1]
+
+
+# --- The ring of model data ---
+
+
+@struct.dataclass
+class Ring:
+    rows: datasets.Batch  # the last `capacity` rows pushed
+    total: jax.Array  # rows ever pushed
+
+    @property
+    def filled(self):
+        return jnp.minimum(self.total, len(self.rows.reward))
+
+
+def push(ring, batch, keep):
+    """Appends the rows of `batch` where `keep`, over the oldest ones; at most `capacity` rows."""
+    capacity = len(ring.rows.reward)
+    slot = (ring.total + jnp.cumsum(keep) - 1) % capacity
+    slot = jnp.where(keep, slot, capacity)  # out of bounds, dropped
+    rows = jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), ring.rows, batch)
+    return Ring(rows, ring.total + keep.sum())
+
+
+@struct.dataclass
+class State:
+    actor: TrainState
+    critic: TrainState  # two members, parameters stacked on axis 0
+    temperature: TrainState  # weight of the entropy, SAC's alpha
+    target: dict  # Polyak average of critic.params
+    obs_mean: jax.Array  # (D,)
+    obs_std: jax.Array  # (D,)
+    dynamics: Dynamics  # the elites
+    ring: Ring
+
+
+def init(key, data, cfg):
+    """Fresh networks and optimisers for one seed; `data`, a Batch, gives sizes and statistics."""
+    k_actor, k_critic, k_fit = jax.random.split(key, 3)
+    obs, action = data.obs[0], data.action[0]
+    actor, critic = Actor(cfg.widths, action.shape[-1]), Critic(cfg.widths)
+    temperature = Positive(1.0)
+    q_params = jax.vmap(critic.init, (0, None, None))(jax.random.split(k_critic, 2), obs, action)
+    actor_lr = optax.cosine_decay_schedule(cfg.actor_lr, cfg.num_updates)
+    capacity = cfg.retain * cfg.rollout_batch * cfg.horizon
+    rows = jax.tree.map(lambda x: jnp.zeros((capacity, *x.shape[1:]), x.dtype), data)
+
+    def learner(apply_fn, params, lr):
+        return TrainState.create(apply_fn=apply_fn, params=params, tx=optax.adam(lr))
+
+    return State(
+        actor=learner(actor.apply, actor.init(k_actor, obs), actor_lr),
+        critic=learner(jax.vmap(critic.apply, (0, None, None)), q_params, cfg.critic_lr),
+        temperature=learner(temperature.apply, temperature.init(key), cfg.actor_lr),
+        target=q_params,
+        obs_mean=data.obs.mean(0) if cfg.normalize else jnp.zeros_like(obs),
+        obs_std=data.obs.std(0) + 1e-3 if cfg.normalize else jnp.ones_like(obs),
+        dynamics=elites(init_fit(k_fit, data, cfg), cfg),  # untrained, see fit_dynamics
+        ring=Ring(rows, jnp.zeros((), int)),
+    )
+
+
+def rollout(state, data, key, cfg, terminal):
+    """The policy in the model: a Batch of horizon * R rows, and which of them come before an end.
+
+    terminal(obs, action, next_obs) -> bool (R,) tells the environment's terminal states.
+    """
+    k_start, k_steps = jax.random.split(key)
+    start = jax.random.randint(k_start, (cfg.rollout_batch,), 0, len(data.reward))
+
+    def step(carry, key):
+        k_order, k_action, k_model = jax.random.split(key, 3)
+        order = jax.random.permutation(k_order, cfg.rollout_batch)  # gives each row another elite
+        obs, alive = carry[0][order], carry[1][order]
+        pi = state.actor.apply_fn(state.actor.params, normalise(state, obs))
+        action = pi.sample(seed=k_action)
+        next_obs, reward = model_step(state.dynamics, obs, action, k_model, cfg)
+        done = terminal(obs, action, next_obs)
+        row = datasets.Batch(obs, action, reward, next_obs, done.astype(jnp.float32))
+        return (next_obs, alive & ~done), (row, alive)
+
+    carry = data.obs[start], jnp.ones(cfg.rollout_batch, bool)
+    _, rows = jax.lax.scan(step, carry, jax.random.split(k_steps, cfg.horizon))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+
+
+# A loss differentiates its first argument; everything in `state` is a constant to it.
+
+
+def backup(state, batch, key, cfg):
+    """r + gamma Q_target(s', a'), a' ~ pi(. | s'), the smaller of two critics; shape (B,)."""
+    pi = state.actor.apply_fn(state.actor.params, batch.next_obs)
+    action = pi.sample(seed=key, sample_shape=cfg.num_actions if cfg.max_backup else 1)  # (N, B, A)
+    obs = jnp.broadcast_to(batch.next_obs, (*action.shape[:-1], batch.next_obs.shape[-1]))
+    next_q = state.critic.apply_fn(state.target, obs, action).min(0).max(0)  # (2, N, B) -> (B,)
+    return batch.reward + cfg.gamma * (1 - batch.done) * next_q
+
+
+def propose(state, batch, key, cfg):
+    """Actions to push down, and the log of their density at s: (N, B, A), (N, B).
+
+    A third of them uniform, a third from pi(. | s), a third from pi(. | s').
+    """
+    k_uniform, k_pi, k_next = jax.random.split(key, 3)
+    n, (size, dim) = cfg.num_actions, batch.action.shape
+    uniform = jax.random.uniform(k_uniform, (n, size, dim), minval=-1, maxval=1)
+    pi = state.actor.apply_fn(state.actor.params, batch.obs)
+    action, log_pi = pi.sample_and_log_prob(seed=k_pi, sample_shape=n)
+    pi_next = state.actor.apply_fn(state.actor.params, batch.next_obs)
+    next_action, next_log_pi = pi_next.sample_and_log_prob(seed=k_next, sample_shape=n)
+    actions = jnp.concatenate([uniform, action, next_action])
+    return actions, jnp.concatenate([jnp.full((n, size), dim * jnp.log(0.5)), log_pi, next_log_pi])
+
+
+def critic_loss(q_params, state, batch, key, cfg):
+    """Temporal difference on d_f, and the penalty of both critics; the data's rows come first."""
+    k_backup, k_propose = jax.random.split(key)
+    num_real = int(cfg.real_fraction * cfg.batch_size)
+    target = backup(state, batch, k_backup, cfg)
+    rho = jax.tree.map(lambda x: x[num_real:] if cfg.rho == "model" else x, batch)
+    action, log_density = propose(state, rho, k_propose, cfg)
+    obs = jnp.broadcast_to(rho.obs, (*action.shape[:-1], rho.obs.shape[-1]))
+    q = state.critic.apply_fn(q_params, batch.obs, batch.action)  # (2, B)
+    q_other = state.critic.apply_fn(q_params, obs, action)  # (2, N, B)
+    td = jnp.mean((q - target) ** 2, 1)  # (2,)
+    q_data, q_model = q[:, :num_real].mean(1), q[:, num_real:].mean(1)
+    soft_max = jax.nn.logsumexp(q_other - log_density, 1)  # (2, B), up to the constant log N
+    gap = soft_max.mean(1) - q_data
+    loss = jnp.sum(td + cfg.beta * gap)
+    info = {"critic_loss": loss, "td_loss": td.sum(), "gap": gap.mean()}
+    return loss, info | {"q_data": q_data.mean(), "q_model": q_model.mean()}
+
+
+def actor_loss(pi_params, state, batch, key):
+    """Soft actor-critic's policy: E[temperature log pi(a | s) - Q(s, a)]."""
+    pi = state.actor.apply_fn(pi_params, batch.obs)
+    action, log_pi = pi.sample_and_log_prob(seed=key)
+    q = state.critic.apply_fn(state.critic.params, batch.obs, action)  # (2, B)
+    temperature = state.temperature.apply_fn(state.temperature.params)
+    loss = jnp.mean(temperature * log_pi - q.min(0))
+    return loss, {"actor_loss": loss, "entropy": -log_pi.mean(), "q_pi": q.mean()}
+
+
+def temperature_loss(params, state, entropy, target_entropy):
+    """Rises while the policy's entropy is below its target; linear in the logarithm, as the port."""
+    temperature = state.temperature.apply_fn(params)
+    return jnp.log(temperature) * (entropy - target_entropy), {"temperature": temperature}
+
+
+def descend(loss_fn, learner, *args):
+    """One optimiser step on loss_fn(learner.params, *args)."""
+    grads, info = jax.grad(loss_fn, has_aux=True)(learner.params, *args)
+    return learner.apply_gradients(grads=grads), info
+
+
+def update(state, batch, key, cfg):
+    """Policy, temperature and critics, each against the others as they were; then the target."""
+    k_actor, k_critic = jax.random.split(key)
+    actor, pi_info = descend(actor_loss, state.actor, state, batch, k_actor)
+    entropy, dim = pi_info["entropy"], batch.action.shape[-1]
+    temperature, t_info = descend(temperature_loss, state.temperature, state, entropy, -dim)
+    critic, q_info = descend(critic_loss, state.critic, state, batch, k_critic, cfg)
+    target = optax.incremental_update(critic.params, state.target, cfg.polyak)
+    state = state.replace(actor=actor, temperature=temperature, critic=critic, target=target)
+    return state, pi_info | t_info | q_info
+
+
+def normalise(state, obs):
+    """Observations (..., D) as the networks see them."""
+    return (obs - state.obs_mean) / state.obs_std
+
+
+def minibatch(state, data, rows):
+    """Those rows of a Batch, observations normalised."""
+    batch = jax.tree.map(lambda x: x[rows], data)
+    obs, next_obs = normalise(state, batch.obs), normalise(state, batch.next_obs)
+    return batch._replace(obs=obs, next_obs=next_obs)
+
+
+def train_chunk(state, data, key, cfg, terminal):
+    """`eval_every` updates, a rollout before each `rollout_every` of them; metrics averaged."""
+    num_real = int(cfg.real_fraction * cfg.batch_size)
+
+    def step(state, key):
+        k_real, k_model, k_update = jax.random.split(key, 3)
+        rows = jax.random.randint(k_real, (num_real,), 0, len(data.reward))
+        real = minibatch(state, data, rows)
+        rows = jax.random.randint(k_model, (cfg.batch_size - num_real,), 0, state.ring.filled)
+        model = minibatch(state, state.ring.rows, rows)
+        batch = jax.tree.map(lambda *x: jnp.concatenate(x), real, model)
+        return update(state, batch, k_update, cfg)
+
+    def block(state, key):
+        k_rollout, k_steps = jax.random.split(key)
+        state = state.replace(
+            ring=push(state.ring, *rollout(state, data, k_rollout, cfg, terminal))
+        )
+        return jax.lax.scan(step, state, jax.random.split(k_steps, num_steps))
+
+    num_steps = min(cfg.rollout_every, cfg.eval_every)
+    keys = jax.random.split(key, cfg.eval_every // num_steps)
+    state, metrics = jax.lax.scan(block, state, keys)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+def act(state, obs):
+    """The policy's median action for obs (..., D)."""
+    return state.actor.apply_fn(state.actor.params, normalise(state, obs)).mode()
+
+
+def main(cfg: Config):
+    cfg = experiment.resolve(cfg, PAPER)  # --resume: the run's own config
+    data = datasets.load(cfg.env, cfg.env_id)
+    terminal = evaluation.termination(data.env_id) if cfg.termination else evaluation.never
+    run = experiment.Run(cfg, data)
+    batch = data.transitions()
+
+    keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))
+    fold = jax.vmap(jax.random.fold_in, (0, None))  # step 0 initialises, step n > 0 trains
+    start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
+    state = run.restore(start(fold(keys, 0), batch))
+    if run.step == 0:
+        state = state.replace(dynamics=fit_dynamics(fold(keys, 0), batch, cfg, run.log))
+    chunk = partial(train_chunk, cfg=cfg, terminal=terminal)
+    chunk = jax.jit(jax.vmap(chunk, (0, None, 0)), donate_argnums=0)
+    policy = jax.jit(jax.vmap(act))
+
+    for step in run.steps():  # eval_every, 2 eval_every, ..., num_updates
+        state, metrics = chunk(state, batch, fold(keys, step))
+        greedy = evaluation.stateless(partial(policy, state))
+        returns = evaluation.evaluate(greedy, data.env_id, cfg.num_seeds, cfg.eval_episodes)
+        run.record(step, metrics, returns)
+        run.save(step, state)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

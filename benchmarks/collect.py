@@ -1,0 +1,499 @@
+"""Make offline datasets by D4RL's protocol: train SAC online, then record what it does.
+
+    random         uniform actions
+    medium         a policy stopped when its return first reaches a third of an expert's
+    medium-replay  everything that the medium policy's training saw, in order
+    expert         the policy at the end of training
+    medium-expert  medium and expert, half each
+
+Actions are sampled, a time limit is a truncation and never a termination. The result is a Minari
+dataset with its provenance: `<out>/stillwater/<env>/<kind>-v0/data/{metadata.json,main_data.hdf5}`.
+
+Run: python benchmarks/collect.py --env-id Hopper-v5 --kind medium
+
+All kinds of one environment and seed share one SAC run. Ctrl-C keeps what was trained; the same
+command goes on from there. Soft Actor-Critic: Haarnoja et al. 2018, arXiv:1812.05905; protocol: Fu et
+al. 2020, arXiv:2004.07219.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import distrax
+import flax.linen as nn
+import gymnasium
+import h5py
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import optax
+import tyro
+from flax import serialization, struct
+from flax.training.train_state import TrainState
+
+# Returns that score 0 and 100, per environment: D4RL's (its wiki and infos.py). Others are measured.
+REFERENCE = {
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Hopper": (-20.272305, 3234.3),
+    "Walker2d": (1.629008, 4592.3),
+    "Ant": (-325.6, 3879.7),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    env_id: str = "Hopper-v5"  # Gymnasium id; continuous actions, flat observations
+    kind: Literal["random", "medium", "medium-replay", "expert", "medium-expert"] = "medium"
+    seed: int = 0  # of SAC, of the environments, and of the recorded actions
+    num_steps: int = 100_000  # transitions in the dataset, at most
+    sac_steps: int = 1_000_000  # environment steps until the policy is called expert
+    medium_fraction: float = 1 / 3  # of the way from the random to the expert return
+    expert_return: float | None = None  # None: D4RL's reference; needed where there is none
+    out: str = "data"  # folder of Minari datasets
+    work: str = "runs/collect"  # SAC checkpoints
+    # --- SAC ---
+    start_steps: int = 5_000  # uniform actions, no updates
+    batch_size: int = 256  # transitions per gradient step; one step an environment step
+    gamma: float = 0.99  # discount
+    lr: float = 3e-4  # Adam, every network and the temperature
+    polyak: float = 0.005  # step of the target network
+    widths: tuple[int, ...] = (256, 256)  # hidden layers of every network
+
+
+class MLP(nn.Module):
+    widths: tuple[int, ...]
+    out: int
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.out)(x)
+
+
+class TanhNormal(distrax.Transformed):
+    """tanh(u), u ~ N(mean, std^2), independent over the last axis."""
+
+    def __init__(self, mean, std):
+        gaussian = distrax.MultivariateNormalDiag(mean, std)
+        super().__init__(gaussian, distrax.Block(distrax.Tanh(), 1))
+
+    def mode(self):
+        """The median, tanh(mean)."""
+        return jnp.tanh(self.distribution.mean())
+
+
+class Actor(nn.Module):
+    """pi(a | s), a tanh-squashed Gaussian."""
+
+    widths: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, obs):
+        mean, log_std = jnp.split(MLP(self.widths, 2 * self.action_dim)(obs), 2, -1)
+        return TanhNormal(mean, jnp.exp(log_std.clip(-20, 2)))
+
+
+class Critic(nn.Module):
+    """Q(s, a) of one member; the ensemble is a vmap over parameters."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, obs, action):
+        return MLP(self.widths, 1)(jnp.concatenate([obs, action], -1)).squeeze(-1)
+
+
+@struct.dataclass
+class State:
+    actor: TrainState
+    critic: TrainState  # two members, parameters stacked on axis 0
+    alpha: TrainState  # log of the entropy temperature
+    target: dict  # Polyak average of critic.params
+
+
+def init(key, obs, action, cfg):
+    """Fresh networks and optimisers; obs (D,) and action (A,) give the sizes."""
+    k_actor, k_critic = jax.random.split(key)
+    actor, critic = Actor(cfg.widths, action.shape[-1]), Critic(cfg.widths)
+    q_params = jax.vmap(critic.init, (0, None, None))(jax.random.split(k_critic, 2), obs, action)
+    learner = partial(TrainState.create, tx=optax.adam(cfg.lr))
+    return State(
+        actor=learner(apply_fn=actor.apply, params=actor.init(k_actor, obs)),
+        critic=learner(apply_fn=jax.vmap(critic.apply, (0, None, None)), params=q_params),
+        alpha=learner(apply_fn=temperature, params={"log_alpha": jnp.zeros(())}),
+        target=q_params,
+    )
+
+
+def temperature(params):
+    """alpha > 0, the weight of the entropy."""
+    return jnp.exp(params["log_alpha"])
+
+
+def critic_loss(q_params, state, batch, key, cfg):
+    """Soft Bellman error against the smaller target, Eqs. (5) and (6)."""
+    obs, action, reward, next_obs, done = batch
+    pi = state.actor.apply_fn(state.actor.params, next_obs)
+    next_action, log_pi = pi.sample_and_log_prob(seed=key)
+    next_q = state.critic.apply_fn(state.target, next_obs, next_action).min(0)
+    alpha = temperature(state.alpha.params)
+    target = reward + cfg.gamma * (1 - done) * (next_q - alpha * log_pi)
+    q = state.critic.apply_fn(q_params, obs, action)  # (2, B)
+    return jnp.mean((q - target) ** 2), {}
+
+
+def actor_loss(pi_params, state, batch, key):
+    """Entropy-regularised value of the policy, Eq. (7)."""
+    pi = state.actor.apply_fn(pi_params, batch[0])
+    action, log_pi = pi.sample_and_log_prob(seed=key)
+    q = state.critic.apply_fn(state.critic.params, batch[0], action).min(0)
+    return jnp.mean(temperature(state.alpha.params) * log_pi - q), {"entropy": -log_pi.mean()}
+
+
+def alpha_loss(params, entropy, action_dim):
+    """Keeps the entropy at -|A|, Eq. (18)."""
+    return params["log_alpha"] * (entropy + action_dim), {}
+
+
+def descend(loss_fn, learner, *args):
+    """One optimiser step on loss_fn(learner.params, *args)."""
+    grads, info = jax.grad(loss_fn, has_aux=True)(learner.params, *args)
+    return learner.apply_gradients(grads=grads), info
+
+
+@partial(jax.jit, static_argnames="cfg", donate_argnums=0)
+def update(state, batch, key, cfg):
+    """One SAC step on (obs, action, reward, next_obs, done)."""
+    k_critic, k_actor = jax.random.split(key)
+    critic, _ = descend(critic_loss, state.critic, state, batch, k_critic, cfg)
+    state = state.replace(critic=critic)
+    actor, info = descend(actor_loss, state.actor, state, batch, k_actor)
+    alpha, _ = descend(alpha_loss, state.alpha, info["entropy"], batch[1].shape[-1])
+    target = optax.incremental_update(critic.params, state.target, cfg.polyak)
+    return state.replace(actor=actor, alpha=alpha, target=target)
+
+
+@jax.jit
+def sample(actor, obs, key):
+    """Actions a ~ pi(. | obs) in [-1, 1], shape (..., A)."""
+    return actor.apply_fn(actor.params, obs).sample(seed=key)
+
+
+def make_env(env_id):
+    """The environment with actions in [-1, 1]; flat observations and continuous actions or an error."""
+    mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model uses a deprecated attribute
+    env = gymnasium.make(env_id)
+    spaces = env.observation_space, env.action_space
+    if not all(isinstance(s, gymnasium.spaces.Box) and len(s.shape) == 1 for s in spaces):
+        raise SystemExit(f"{env_id}: needs flat observations and continuous actions, has {spaces}")
+    return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+FIELDS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
+
+
+class Replay:
+    """Every transition of a run in order; arrays of `FIELDS`, of which `size` rows are filled."""
+
+    def __init__(self, env, capacity):
+        d, a = env.observation_space.shape[0], env.action_space.shape[0]
+        shapes = {"obs": (d,), "action": (a,), "next_obs": (d,)}
+        dtypes = {"terminated": bool, "truncated": bool}
+        self.size = 0
+        self.rows = {
+            k: np.zeros((capacity, *shapes.get(k, ())), dtypes.get(k, np.float32)) for k in FIELDS
+        }
+
+    def add(self, *values):
+        for k, v in zip(FIELDS, values, strict=True):
+            self.rows[k][self.size] = v
+        self.size += 1
+
+    def minibatch(self, rng, n):
+        i = rng.integers(0, self.size, n)
+        return tuple(self.rows[k][i] for k in FIELDS[:5])
+
+    def filled(self):
+        return {k: v[: self.size] for k, v in self.rows.items()}
+
+
+def play(envs, policy, rng, num_steps):
+    """Whole episodes in rounds, one for each environment, until `num_steps` rows; the rest is cut.
+
+    policy(obs (n, D)) -> actions (n, A). Returns arrays of `FIELDS`, episodes one after another.
+    """
+    episodes, total = [], 0
+    while total < num_steps:
+        seeds = rng.integers(0, 2**31, len(envs))
+        obs = [env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds, strict=True)]
+        rows, alive = [[] for _ in envs], list(range(len(envs)))
+        while alive:
+            actions = np.asarray(policy(np.stack(obs)))
+            for i in list(alive):
+                next_obs, reward, terminated, truncated, _ = envs[i].step(actions[i])
+                rows[i].append((obs[i], actions[i], reward, next_obs, terminated, truncated))
+                obs[i] = next_obs
+                if terminated or truncated:
+                    alive.remove(i)
+        episodes += rows
+        total += sum(map(len, rows))
+    flat = [row for episode in episodes for row in episode][:num_steps]
+    return {k: np.array([row[i] for row in flat]) for i, k in enumerate(FIELDS)}
+
+
+def reference(cfg, env):
+    """Returns that score 0 and 100, and where they are from."""
+    name = cfg.env_id.rsplit("-", 1)[0]
+    if name in REFERENCE and cfg.expert_return is None:
+        return *REFERENCE[name], "D4RL"
+    if cfg.expert_return is None:
+        raise SystemExit(f"{cfg.env_id} has no reference return: name one with --expert-return")
+    rng = np.random.default_rng(cfg.seed)
+    uniform = partial(rng.uniform, -1, 1, (1, *env.action_space.shape))
+    rows = play([env], lambda _: uniform(), rng, 20_000)
+    worst = float(np.mean(episode_returns(rows)))
+    return worst, cfg.expert_return, "uniform actions over 20,000 steps, and --expert-return"
+
+
+def boundaries(rows):
+    """Slices of the episodes; what follows the last boundary counts as one."""
+    ends = np.flatnonzero(rows["terminated"] | rows["truncated"]) + 1
+    edges = np.unique(np.concatenate([[0], ends, [len(rows["reward"])]]))
+    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def episode_returns(rows):
+    """Undiscounted return of each episode, shape (E,)."""
+    return np.array([rows["reward"][s].sum(dtype=np.float64) for s in boundaries(rows)])
+
+
+def write(path, data):
+    """Bytes to a file in one step: a reader sees the old or the new, never a part."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def save(folder, step, state, replay, returns):
+    with open(folder / "replay.tmp", "wb") as f:
+        np.savez(f, **replay.filled())
+    os.replace(folder / "replay.tmp", folder / "replay.npz")
+    write(folder / "sac.msgpack", serialization.to_bytes(state))
+    write(folder / "progress.json", json.dumps({"step": step, "returns": returns}).encode())
+
+
+def load(folder, state, replay):
+    """The newest checkpoint: (state, replay, steps done, returns so far)."""
+    if not (folder / "progress.json").exists():
+        return state, replay, 0, []
+    progress = json.loads((folder / "progress.json").read_text())
+    rows = np.load(folder / "replay.npz", allow_pickle=False)
+    replay.size = progress["step"]
+    for k in FIELDS:
+        replay.rows[k][: replay.size] = rows[k][: replay.size]
+    replay.rows["truncated"][replay.size - 1] |= not replay.rows["terminated"][replay.size - 1]
+    state = serialization.from_bytes(state, (folder / "sac.msgpack").read_bytes())
+    return jax.tree.map(jnp.asarray, state), replay, progress["step"], progress["returns"]
+
+
+def train(cfg, env, folder, goal):
+    """SAC until its last ten episodes average `goal`, kept as medium; then, for expert, to the end.
+
+    Returns (state, replay, steps until medium). `folder` keeps checkpoints and the medium policy.
+    """
+    state = jax.jit(partial(init, cfg=cfg))(
+        jax.random.key(cfg.seed), env.observation_space.sample(), env.action_space.sample()
+    )
+    state = jax.tree.map(jnp.copy, state)  # donation wants no shared buffers
+    state, replay, done, returns = load(folder, state, Replay(env, cfg.sac_steps))
+    rng = np.random.default_rng([cfg.seed, done])
+    key = jax.random.fold_in(jax.random.key(cfg.seed), 1 + done)
+    medium = folder / "medium.msgpack"
+    finish = cfg.sac_steps if "expert" in cfg.kind else 0
+    began, first = time.time(), done
+    obs, _ = env.reset(seed=int(rng.integers(2**31)))
+    episode = 0.0
+    try:
+        while not medium.exists() or done < finish:
+            if done >= cfg.sac_steps:
+                raise SystemExit(f"no return of {goal:.0f} in {done:,} steps: see --sac-steps")
+            key, k_act, k_update = jax.random.split(key, 3)
+            if done < cfg.start_steps:
+                action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+            else:
+                action = np.asarray(sample(state.actor, obs, k_act))
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            replay.add(obs, action, reward, next_obs, terminated, truncated)
+            obs, done, episode = next_obs, done + 1, episode + reward
+            if terminated or truncated:
+                obs, _ = env.reset()
+                returns, episode = [*returns, float(episode)], 0.0
+                if np.mean(returns[-10:]) >= goal and len(returns) > 10 and not medium.exists():
+                    save(folder, done, state, replay, returns)
+                    write(folder / "medium.json", json.dumps({"step": done}).encode())
+                    write(medium, serialization.to_bytes(state.actor.params))
+            if done >= cfg.start_steps:
+                state = update(state, replay.minibatch(rng, cfg.batch_size), k_update, cfg)
+            if done % 5_000 == 0:
+                rate, recent = (done - first) / (time.time() - began), np.mean(returns[-10:] or 0)
+                print(f"{done:>9,} steps  return {recent:8.1f}  {rate:5.0f} steps/s", flush=True)
+            if done % 20_000 == 0:
+                save(folder, done, state, replay, returns)
+    except KeyboardInterrupt:
+        save(folder, done, state, replay, returns)
+        raise SystemExit(f"\nstopped at {done:,} steps; the same command goes on from there") from None
+    save(folder, done, state, replay, returns)
+    return state, replay, json.loads((folder / "medium.json").read_text())["step"]
+
+
+def thin(rows, num_steps, rng):
+    """Whole episodes drawn at random, in their order, that fit into `num_steps` rows."""
+    episodes = boundaries(rows)
+    if len(rows["reward"]) <= num_steps:
+        return rows
+    kept, total = [], 0
+    for i in rng.permutation(len(episodes)):
+        length = episodes[i].stop - episodes[i].start
+        if total + length <= num_steps:
+            kept, total = [*kept, i], total + length
+    index = np.concatenate([np.arange(episodes[i].start, episodes[i].stop) for i in sorted(kept)])
+    return {k: v[index] for k, v in rows.items()}
+
+
+def record(cfg, env, goal):
+    """Rows of the dataset (arrays of `FIELDS`) and what is to be said of the policies behind them."""
+    rng = np.random.default_rng([cfg.seed, 1])
+    envs = [make_env(cfg.env_id) for _ in range(10)]
+    if cfg.kind == "random":
+        uniform = partial(rng.uniform, -1, 1, (len(envs), *env.action_space.shape))
+        return play(envs, lambda _: uniform(), rng, cfg.num_steps), {}
+    folder = Path(cfg.work) / f"{cfg.env_id}-s{cfg.seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    state, replay, medium_step = train(cfg, env, folder, goal)
+    about = {"medium_at_step": medium_step}
+    if cfg.kind == "medium-replay":
+        rows = {k: v[:medium_step] for k, v in replay.filled().items()}
+        return thin(rows, cfg.num_steps, rng), about | {"replay_steps": medium_step}
+    medium = serialization.from_bytes(
+        state.actor.params, (folder / "medium.msgpack").read_bytes()
+    )
+    actors = {"medium": state.actor.replace(params=medium), "expert": state.actor}
+    kinds = cfg.kind.split("-")
+    parts = []
+    for kind in kinds:
+        keys = iter(jax.random.split(jax.random.key(int(rng.integers(2**31))), 2**20))
+
+        def policy(obs, kind=kind, keys=keys):
+            return sample(actors[kind], obs, next(keys))
+
+        parts.append(play(envs, policy, rng, cfg.num_steps // len(kinds)))
+        parts[-1]["truncated"][-1] |= not parts[-1]["terminated"][-1]
+    return {k: np.concatenate([p[k] for p in parts]) for k in FIELDS}, about
+
+
+def export(cfg, env, rows, ref_min, ref_max, source, about):
+    """Writes `rows` as the Minari dataset stillwater/<env>/<kind>-v0 below cfg.out; returns its path."""
+    name = f"stillwater/{cfg.env_id.rsplit('-', 1)[0].lower()}/{cfg.kind}-v0"
+    final = Path(cfg.out).resolve() / name
+    temporary = final.with_name(f".{final.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    os.environ["MINARI_DATASETS_PATH"] = str(temporary)
+    temporary.mkdir(parents=True)
+    import minari  # reads the variable above when it is imported
+    from minari.data_collector import EpisodeBuffer
+
+    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    action = np.clip(low + (rows["action"] + 1) / 2 * (high - low), low, high).astype(np.float32)
+    returns, buffers = episode_returns(rows), []
+    for s in boundaries(rows):
+        terminated, truncated = rows["terminated"][s], rows["truncated"][s].copy()
+        truncated[-1] |= not terminated[-1]  # the run's last, unfinished episode
+        observations = np.concatenate([rows["obs"][s], rows["next_obs"][s][-1:]])
+        buffers.append(
+            EpisodeBuffer(
+                observations=observations.astype(np.float32),
+                actions=action[s],
+                rewards=rows["reward"][s].astype(np.float32),
+                terminations=terminated,
+                truncations=truncated,
+            )
+        )
+    d = env.observation_space.shape
+    dataset = minari.create_dataset_from_buffers(
+        name,
+        buffers,
+        env=cfg.env_id,
+        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, d, np.float32),
+        action_space=gymnasium.spaces.Box(low, high, dtype=np.float32),
+        algorithm_name="uniform actions" if cfg.kind == "random" else "SAC",
+        author="Stillwater",
+        requirements=[f"{p}=={version(p)}" for p in ("gymnasium", "mujoco")],
+        description=f"{cfg.kind} data of {cfg.env_id}, made by Stillwater's benchmarks/collect.py",
+    )
+    dataset.storage.update_metadata(
+        {
+            "ref_min_score": ref_min,
+            "ref_max_score": ref_max,
+            "num_episodes_average_score": 100,
+            "stillwater": {
+                "command": "python benchmarks/collect.py " + " ".join(sys.argv[1:]),
+                "config": asdict(cfg),
+                "reference_from": source,
+                "returns": {
+                    "mean": float(returns.mean()),
+                    "std": float(returns.std()),
+                    "min": float(returns.min()),
+                    "max": float(returns.max()),
+                },
+                "versions": {p: version(p) for p in ("jax", "gymnasium", "mujoco", "minari")},
+                **about,
+            },
+        }
+    )
+    data = temporary / name / "data"
+    with h5py.File(data / "main_data.hdf5") as old:
+        with h5py.File(data / "small.hdf5", "w", libver="latest") as new:  # short headers
+            compress(old, new)
+    os.replace(data / "small.hdf5", data / "main_data.hdf5")
+    shutil.rmtree(final, ignore_errors=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(temporary / name, final)
+    shutil.rmtree(temporary)
+    return final
+
+
+def compress(old, new):
+    """Copies HDF5 groups, attributes and arrays; arrays of more than 1 kB shuffled and gzipped."""
+    new.attrs.update(old.attrs)
+    for name, item in old.items():
+        if isinstance(item, h5py.Group):
+            compress(item, new.create_group(name))
+        else:
+            how = {"compression": "gzip", "compression_opts": 9, "shuffle": True, "chunks": item.shape}
+            new.create_dataset(name, data=item[()], **(how if item.nbytes > 1024 else {}))
+
+
+def main(cfg: Config):
+    env = make_env(cfg.env_id)
+    ref_min, ref_max, source = reference(cfg, env)
+    goal = ref_min + cfg.medium_fraction * (ref_max - ref_min)
+    rows, about = record(cfg, env, goal)
+    path = export(cfg, env, rows, ref_min, ref_max, source, about)
+    returns = episode_returns(rows)
+    print(f"{path}: {len(rows['reward']):,} steps, {len(returns):,} episodes, return "
+          f"{returns.mean():.1f} +- {returns.std():.1f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

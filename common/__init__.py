@@ -1,0 +1,1 @@
+"""Reading data, measuring policies, writing runs: everything here works without any algorithm."""

@@ -1,0 +1,260 @@
+"""Every offline dataset a user has, as flat arrays: D4RL names, Minari ids, HDF5 files.
+
+    data = datasets.load("halfcheetah-medium-v2")  # or "mujoco/hopper/medium-v0", or "my.hdf5"
+    batch = data.transitions()
+
+Look at one: python -m common.datasets NAME [--env-id Hopper-v5] [--plot FILE.png]
+
+A name becomes a file in sources.py, a file checked arrays in layouts.py; here those become episodes,
+kept in a flat cache (`$XDG_CACHE_HOME/stillwater` or `~/.cache/stillwater`; safe to delete).
+"""
+
+import contextlib
+import difflib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tyro
+
+from common import layouts, sources
+from common.sources import REFERENCE, DatasetError  # noqa: F401
+
+FORMAT = 1  # of the cache; goes up whenever what is read from a file changes
+ARRAYS = ("obs", "action", "reward", "next_obs", "done", "start", "length")
+
+
+class Batch(NamedTuple):
+    """N transitions, float32.
+
+    Where a file does not tell a terminal row's next_obs, it is obs itself: TD masks it by `done`; a
+    dynamics model leaves out the rows with done = 1 and next_obs == obs.
+    """
+
+    obs: np.ndarray  # (N, D)
+    action: np.ndarray  # (N, A) in [-1, 1]
+    reward: np.ndarray  # (N,)
+    next_obs: np.ndarray  # (N, D) never of another episode
+    done: np.ndarray  # (N,) 1 at true terminals, 0 at time limits
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """N transitions in E episodes, one after another."""
+
+    name: str  # as asked for
+    env_id: str  # Gymnasium id to score on; "" if it cannot be scored
+    obs: np.ndarray  # this and the next four as in Batch
+    action: np.ndarray
+    reward: np.ndarray
+    next_obs: np.ndarray
+    done: np.ndarray
+    start: np.ndarray  # (E,) int64 first row of each episode
+    length: np.ndarray  # (E,) int64 its number of rows, at least 1
+    ref_min: float | None  # undiscounted return that scores 0; None: there is no score
+    ref_max: float | None  # undiscounted return that scores 100
+    provenance: dict  # JSON-able; `verified`: the hash is the known one (None: none is known)
+
+    def transitions(self, scale_reward=False) -> Batch:
+        """All rows. scale_reward: times 1000 / (best - worst episode return), as IQL's authors do;
+        left alone where all episodes return the same."""
+        spread = float(np.ptp(self.returns())) if scale_reward else 0.0
+        reward = self.reward * np.float32(1000 / spread) if spread > 0 else self.reward
+        return Batch(self.obs, self.action, reward, self.next_obs, self.done)
+
+    def returns(self) -> np.ndarray:
+        """(E,) float64 undiscounted return of each episode."""
+        return np.add.reduceat(self.reward.astype(np.float64), self.start)
+
+    def score(self, returns) -> np.ndarray:
+        """100 (R - ref_min) / (ref_max - ref_min), shape as given; NaN without references."""
+        if self.ref_min is None or self.ref_max is None:
+            return np.full(np.shape(returns), np.nan)
+        return (
+            100 * (np.asarray(returns, np.float64) - self.ref_min) / (self.ref_max - self.ref_min)
+        )
+
+
+def load(name: str, env_id: str = "") -> Dataset:
+    """The dataset `name`: a D4RL name, a Minari id, or a path to an HDF5 file in D4RL's layout.
+
+    env_id: Gymnasium id to score a bare file on. Raises DatasetError, whose message says why.
+    """
+    source, origin = sources.find(name, env_id)
+    cache, stamp = cache_paths(source)
+    arrays, about = read_cache(cache / stamp) or (None, None)
+    if arrays is None:
+        arrays, about = read(source, origin)
+        write_cache(cache, stamp, arrays, about)
+    for note in about["provenance"]["notes"]:
+        print(f"{name}: {note}", file=sys.stderr)
+    return Dataset(name=name, **arrays, **about)
+
+
+def read(source, origin):
+    """Reads and checks a file: (ARRAYS by name, the other fields of Dataset but its name)."""
+    path, notes, metadata = source.path, [], {}
+    reader = layouts.Reader(path)
+    sha256 = reader.sha256()
+    verified = sha256 == source.sha256 if source.sha256 else None
+    if verified is False:
+        notes.append(f"warning: {path} is not D4RL's file: SHA-256 {sha256}, not {source.sha256}")
+    elif verified is None and source.layout == "D4RL":
+        notes.append(f"unverified, no hash is known for it: {path} has SHA-256 {sha256}")
+    if source.layout == "Minari":
+        metadata = layouts.read_metadata(path.with_name("metadata.json"))
+    env_id, env = choose_env(source, metadata, notes)
+    rows = (layouts.read_minari if source.layout == "Minari" else layouts.read_d4rl)(reader, env)
+    reader.file.close()
+    arrays, dropped = flatten(rows, env)
+    if not len(arrays["start"]):
+        raise reader.refusal("observations", "no transition whose next_obs is known")
+    stand_in = int((~rows.known & rows.terminal).sum())
+    if dropped or stand_in:
+        notes.append(f"no next_observations: {dropped:,} last rows of episodes left out, "
+                     f"{stand_in:,} terminal rows have obs in place of next_obs")  # fmt: skip
+    ref = reference(source, metadata, env_id)
+    kept = ("algorithm_name", "author", "description", "minari_version", "stillwater")
+    about = dict(env_id=env_id, ref_min=ref[0], ref_max=ref[1])
+    about["provenance"] = {
+        "file": str(path), "layout": source.layout, "source": origin, "sha256": sha256,
+        "verified": verified, "notes": notes, "timeouts": int((rows.end & ~rows.terminal).sum()),
+        "metadata": {key: metadata[key] for key in kept if key in metadata},
+    }  # fmt: skip
+    return arrays, about
+
+
+def choose_env(source, metadata, notes):
+    """(id to score on or "", layouts.Env): the id asked for, else the one in Minari's metadata.
+
+    Of that only the id is used, and only if Gymnasium has registered it: nothing in it is run.
+    """
+    own = ""
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        spec = metadata["env_spec"]
+        own = str((json.loads(spec) if isinstance(spec, str) else spec)["id"])
+    if source.env_id and own not in ("", source.env_id):
+        raise DatasetError(f"{source.path}: is data of {own}, not of --env-id {source.env_id}")
+    try:
+        env = inspect_env(source.env_id or own) if source.env_id or own else layouts.Env()
+    except DatasetError as error:
+        if source.env_id:
+            raise
+        notes.append(f"cannot be scored: {error}")
+        env = layouts.Env()
+    return env.env_id, env._replace(limit=env.limit or source.limit)
+
+
+def inspect_env(env_id) -> layouts.Env:
+    """Sizes, action bounds and time limit of a registered environment. Raises DatasetError."""
+    import gymnasium
+
+    if env_id not in gymnasium.registry:  # a "module:Env-v0" would import the module
+        near = difflib.get_close_matches(env_id, gymnasium.registry, 3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise DatasetError(f"{env_id!r} is not an environment that Gymnasium has registered{hint}")
+    with contextlib.suppress(ImportError):
+        import mujoco
+
+        mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model uses an old attribute
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # v4 is out of date, and what D4RL's scores are on
+            env = gymnasium.make(env_id, disable_env_checker=True)
+            env.close()
+    except Exception as error:  # whatever an environment's constructor may raise
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DatasetError(f"{env_id} cannot be made: {why}") from None
+    obs, action = env.observation_space, env.action_space
+    if not all(isinstance(s, gymnasium.spaces.Box) and len(s.shape) == 1 for s in (obs, action)):
+        raise DatasetError(
+            f"{env_id}: flat observations and actions are needed, not {obs}, {action}"
+        )
+    if not np.isfinite([action.low, action.high]).all():
+        raise DatasetError(f"{env_id}: its actions have no bounds")
+    limit = gymnasium.spec(env_id).max_episode_steps or 0
+    return layouts.Env(env_id, obs.shape[0], action.low, action.high, limit)
+
+
+def reference(source, metadata, env_id):
+    """Returns that score 0 and 100: of the name, the metadata or the environment, or Nones."""
+    told = source.ref or tuple(metadata.get(f"ref_{k}_score") for k in ("min", "max"))
+    if all(type(r) in (int, float) for r in told) and -1e300 < told[0] < told[1] < 1e300:
+        return float(told[0]), float(told[1])
+    return REFERENCE.get(env_id.rsplit("-", 1)[0], (None, None))
+
+
+def flatten(rows: layouts.Rows, env):
+    """(ARRAYS by name, rows left out). Out go rows whose next_obs is unknown, unless terminal."""
+    keep = rows.known | rows.terminal
+    episode = np.cumsum(np.r_[0, rows.end[:-1]])[keep]
+    _, start, length = np.unique(episode, return_index=True, return_counts=True)
+    middle, half = (env.high + env.low) / 2, (env.high - env.low) / 2  # mostly 0 and 1: exact
+    action = np.clip((rows.action - middle) / half, -1, 1)
+    columns = rows.obs, action, rows.reward, rows.next_obs, rows.terminal
+    columns = [np.ascontiguousarray(column[keep], np.float32) for column in columns]
+    arrays = *columns, start.astype(np.int64), length.astype(np.int64)
+    return dict(zip(ARRAYS, arrays, strict=True)), int((~keep).sum())
+
+
+# --- Cache: plain .npy files; nothing that goes wrong with it stops a load ---
+
+
+def cache_paths(source):
+    """(folder of this source, name that changes with the files and with what reads them)."""
+    files = [source.path, source.path.with_name("metadata.json")]
+    stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    what = source._replace(path=str(source.path.resolve()))
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder, stamp = (hashlib.sha256(repr(x).encode()).hexdigest()[:16]
+                     for x in (what, (FORMAT, version("gymnasium"), stats)))  # fmt: skip
+    return Path(root, "stillwater", folder), stamp
+
+
+def read_cache(folder):
+    """What write_cache wrote, or None."""
+    try:
+        about = json.loads((folder / "about.json").read_text())
+        arrays = {k: np.load(folder / f"{k}.npy", allow_pickle=False) for k in ARRAYS}
+        whole = all(len(arrays[k]) == arrays["length"].sum() for k in ARRAYS[:5])
+        return (arrays, about) if whole else None
+    except (OSError, ValueError, EOFError, KeyError):
+        return None
+
+
+def write_cache(folder, stamp, arrays, about):
+    """Into a temporary folder, then renamed; what stood there of an older content goes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            shutil.rmtree(old, ignore_errors=True)
+        part = Path(tempfile.mkdtemp(dir=folder))
+        for name, array in arrays.items():
+            np.save(part / f"{name}.npy", array)
+        (part / "about.json").write_text(json.dumps(about))
+        part.rename(folder / stamp)
+    except OSError:  # a read-only home, a full disk: the next load reads the file again
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(name: tyro.conf.Positional[str], env_id: str = "", plot: Path | None = None):
+    """Shows what is in a dataset; with --plot FILE.png also as a picture."""
+    from common import summary
+
+    data = load(name, env_id)
+    summary.show(data)
+    if plot:
+        summary.plot(data, plot)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

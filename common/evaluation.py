@@ -1,0 +1,256 @@
+"""Policies -> returns; and facts about environments.
+
+`evaluate` scores the policies of all seeds in one batch; `termination` tells a learned model where
+the real environment ends an episode; a trained run is filmed by
+
+    python -m common.evaluation runs/iql/... --video hopper.mp4
+"""
+
+import functools
+import itertools
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+
+class EvaluationError(SystemExit):
+    """Something a user can put right: uncaught, it prints its one message and exits with 1."""
+
+
+def make(env_id, **kwargs):
+    """A Gymnasium environment that takes actions in [-1, 1], whatever its own bounds.
+
+    Raises EvaluationError for an id that Gymnasium cannot make, observations or actions that are
+    not plain vectors, and a missing time limit.
+    """
+    import mujoco  # not above: --video chooses the renderer before
+
+    if not env_id or ":" in env_id:  # "module:id" would import the module
+        raise EvaluationError(f"--env-id {env_id!r} is not the id of a Gymnasium environment.")
+    mujoco.set_mju_user_warning(lambda message: None)  # else: MUJOCO_LOG.TXT (settotalmass, mostly)
+    try:
+        with warnings.catch_warnings():  # v4 is the right version for D4RL's data
+            warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
+            env = gymnasium.make(env_id, disable_env_checker=True, **kwargs)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise EvaluationError(f"Gymnasium cannot make {env_id}: {error}") from error
+    obs, action, limit = env.observation_space, env.action_space, env.spec.max_episode_steps
+    vectors = all(isinstance(x, gymnasium.spaces.Box) and len(x.shape) == 1 for x in (obs, action))
+    if not (vectors and action.is_bounded() and limit):
+        raise EvaluationError(
+            f"Cannot score on {env_id}: it needs vectors as observations, bounded vectors as "
+            f"actions and a time limit; it has {obs}, {action} and {limit}."
+        )
+    if np.any(action.low != -1) or np.any(action.high != 1):
+        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return env
+
+
+@functools.lru_cache(maxsize=2)
+def _pool(env_id, count):
+    return [make(env_id) for _ in range(count)]
+
+
+def stateless(policy):
+    """A policy without memory, obs (S, E, D) -> action (S, E, A), in the form `evaluate` takes."""
+    return lambda carry, obs, reward, key: (policy(obs), carry)
+
+
+def evaluate(policy, env_id, num_seeds, episodes, carry=None, seed=0):
+    """Undiscounted returns of whole episodes, (num_seeds, episodes) float64.
+
+    policy: (carry, obs (S, E, D), reward (S, E), key) -> (action (S, E, A), carry) for S seeds and
+        E episodes. Called once per time step, always with these shapes in float32, so a jitted one
+        compiles once. reward is what the action before earned, 0 at first; key is
+        fold_in(key(seed), time step). Actions are clipped to [-1, 1].
+    carry: the policy's memory at the first step, any pytree.
+    seed: episode j of every policy seed is reset with environment seed `seed + j`: all seeds and
+        all evaluations meet the same starts.
+
+    An episode that has ended is not stepped any more: there is no autoreset whose step could be
+    counted, and the policy sees its last observation until the longest episode has ended. A seed
+    with an action that is not finite has failed: its returns are all nan, the others go on.
+    Raises EvaluationError as `make`. Environments are kept and shared: not for several threads.
+    """
+    return _rollout(policy, _pool(env_id, num_seeds * episodes), num_seeds, carry, seed)
+
+
+_fold_in = jax.jit(jax.random.fold_in)  # compiled at its first call
+
+
+def _rollout(policy, envs, num_seeds, carry, seed):
+    """`evaluate` in given environments; episode j of seed s is row s * E + j."""
+    rows, shape = len(envs), (num_seeds, len(envs) // num_seeds)
+    start = [env.reset(seed=seed + i % shape[1])[0] for i, env in enumerate(envs)]
+    obs, reward, returns = np.float32(start), np.zeros(rows, np.float32), np.zeros(rows)
+    key, active = jax.random.key(seed), range(rows)
+    for t in itertools.count():
+        inputs = obs.reshape(*shape, -1), reward.reshape(shape), _fold_in(key, t)
+        action, carry = policy(carry, *inputs)
+        action = np.asarray(action, np.float32).reshape(rows, *envs[0].action_space.shape)
+        if not np.isfinite(action).all():
+            failed = {i // shape[1] for i in active if not np.isfinite(action[i]).all()}
+            returns.reshape(shape)[list(failed)] = np.nan
+            active = [i for i in active if i // shape[1] not in failed]
+
+        action, running = action.clip(-1, 1), []
+        obs, reward = obs.copy(), np.zeros_like(reward)  # anew: a carry may hold the old arrays
+        for i in active:
+            obs[i], gained, terminated, truncated, _ = envs[i].step(action[i])
+            reward[i] = gained
+            returns[i] += gained
+            if not (terminated or truncated):
+                running.append(i)
+        active = running
+        if not active:
+            return returns.reshape(shape)
+
+
+# --- Where episodes truly end, from the next observation; read in Gymnasium 1.4's sources ---
+
+
+def _never(obs):
+    return jnp.zeros(obs.shape[:-1], bool)
+
+
+def _hopper(obs):
+    # The environment tests velocities but observes them clipped to [-10, 10]: an end by speed alone
+    # (|qvel| >= 100) shows in no observation.
+    healthy = (obs[..., 0] > 0.7) & (jnp.abs(obs[..., 1]) < 0.2)
+    return ~(healthy & (jnp.abs(obs[..., 1:]) < 100).all(-1))
+
+
+def _walker2d(obs):
+    z, angle = obs[..., 0], obs[..., 1]
+    return ~((z > 0.8) & (z < 2.0) & (jnp.abs(angle) < 1.0))
+
+
+def _ant(obs):
+    return ~((obs[..., 0] >= 0.2) & (obs[..., 0] <= 1.0) & jnp.isfinite(obs).all(-1))
+
+
+def _humanoid(obs):
+    return ~((obs[..., 0] > 1.0) & (obs[..., 0] < 2.0))
+
+
+def _inverted_pendulum(obs):
+    return ~((jnp.abs(obs[..., 1]) <= 0.2) & jnp.isfinite(obs).all(-1))
+
+
+def _inverted_double_pendulum(obs):
+    # Height of the tip, links of 0.6 m. The environment's is a physics substep (0.01 s) older than
+    # the observation, so the two differ where the tip crosses the line within that substep.
+    sin1, sin2, cos1, cos2 = (obs[..., i] for i in range(1, 5))
+    return ~(0.6 * cos1 + 0.6 * (cos1 * cos2 - sin1 * sin2) > 1)
+
+
+_RULES = {  # v4 and v5 end alike
+    **dict.fromkeys(("HalfCheetah", "HumanoidStandup", "Reacher", "Swimmer"), _never),
+    "Ant": _ant,
+    "Hopper": _hopper,
+    "Humanoid": _humanoid,
+    "InvertedDoublePendulum": _inverted_double_pendulum,
+    "InvertedPendulum": _inverted_pendulum,
+    "Walker2d": _walker2d,
+}
+
+
+def termination(env_id):
+    """When the environment truly ends: (obs (..., D), action (..., A), next_obs) -> bool (...).
+
+    Time limits are not ends. For jit, vmap and any leading axes. Holds for the environments as
+    registered, without options. Raises EvaluationError for an environment that it does not know.
+    """
+    name, _, version = env_id.rpartition("-v")
+    rule = _RULES.get(name) if version in ("4", "5") else None
+    if env_id == "Pendulum-v1" or name.startswith("PointMaze_"):  # a reached goal is renewed
+        rule = _never
+    if rule is None:
+        raise EvaluationError(
+            f"No termination function is known for {env_id!r}, only for {', '.join(_RULES)} (v4, "
+            "v5), Pendulum-v1 and PointMaze. If its episodes never end early: --no-termination."
+        )
+    return lambda obs, action, next_obs: rule(next_obs)
+
+
+# --- Video ---
+
+_ADVICE = "On Debian or Ubuntu `apt-get install libegl1 libgl1-mesa-dri` (or libosmesa6) helps."
+
+
+def film(policy, env_id, path, episodes=1, carry=None, seed=0):
+    """Write whole episodes of one policy to an .mp4 or .gif file; its returns, (episodes,) float64.
+
+    policy, carry, seed: as in `evaluate`, with S = E = 1. Shown in simulated time, at about 30 Hz.
+    Raises EvaluationError as `make`, for other kinds of file, and where nothing can be drawn.
+    """
+    import imageio.v2 as imageio
+
+    path = Path(path)
+    if path.suffix not in (".mp4", ".gif"):
+        raise EvaluationError(f"{path}: a video's name must end in .mp4 or .gif.")
+    env = make(env_id, render_mode="rgb_array")
+    try:
+        env.reset(seed=seed)
+        env.render()
+    except Exception as error:  # every OpenGL library fails in its own way
+        raise EvaluationError(f"{env_id} cannot be drawn here: {error!r}. {_ADVICE}") from error
+    skip, steps = max(1, round(env.metadata["render_fps"] / 30)), itertools.count()
+    fps = env.metadata["render_fps"] / skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    options = {"fps": fps} if path.suffix == ".mp4" else {"duration": 1000 / fps, "loop": 0}
+    with env, imageio.get_writer(path, **options) as video:
+
+        def watched(*inputs):
+            if next(steps) % skip == 0:
+                video.append_data(env.render())
+            return policy(*inputs)
+
+        starts = range(seed, seed + episodes)
+        return np.array([_rollout(watched, [env], 1, carry, start)[0, 0] for start in starts])
+
+
+def _choose_renderer():
+    """Without a display, set MUJOCO_GL to what draws here; MuJoCo reads it when imported."""
+    if sys.platform != "linux" or {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
+        return
+    for name in ("egl", "osmesa"):  # each in a process of its own: a failed import lingers
+        trial = f"from mujoco.{name} import GLContext; GLContext(8, 8).make_current()"
+        environ, quiet = {**os.environ, "MUJOCO_GL": name}, subprocess.DEVNULL
+        if subprocess.call([sys.executable, "-c", trial], env=environ, stderr=quiet) == 0:
+            os.environ["MUJOCO_GL"] = name
+            return
+    raise EvaluationError(f"There is no display, and neither EGL nor OSMesa draws. {_ADVICE}")
+
+
+def main(run: tyro.conf.Positional[Path], video: Path, episodes: int = 1, seed: int = 0):
+    """Film a trained run.
+
+    Args:
+        run: run folder
+        video: file to write, .mp4 or .gif
+        episodes: how many, one after the other
+        seed: which of the run's seeds, counted from 0
+    """
+    _choose_renderer()
+    from common import datasets, experiment
+
+    module, cfg, state = experiment.load(run)
+    if not 0 <= seed < cfg.num_seeds:
+        raise EvaluationError(f"{run} holds seeds 0 to {cfg.num_seeds - 1}, counted from 0.")
+    env_id = cfg.env_id or datasets.load(cfg.env).env_id
+    policy = functools.partial(jax.jit(module.act), jax.tree.map(lambda x: x[seed], state))
+    returns = film(stateless(policy), env_id, video, episodes)
+    print(f"{video}: {env_id}, return {', '.join(f'{r:.1f}' for r in returns)}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

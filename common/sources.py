@@ -1,0 +1,266 @@
+"""From a dataset's name to a file on this machine, downloaded if it must be."""
+
+import difflib
+import functools
+import hashlib
+import http.client
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+D4RL_HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
+D4RL_MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # flat file names
+MINARI_HOST = "https://huggingface.co/datasets/farama-minari/"  # as minari.download_dataset
+BUNDLED = Path(__file__).resolve().parents[1] / "data"
+OFFLINE = "stillwater/hopper/medium-replay-v0"  # in BUNDLED
+MAGIC = b"\x89HDF\r\n\x1a\n"
+PATIENCE = 4.0  # seconds until an address without an answer counts as unreachable
+
+REFERENCE = {  # returns that score 0 and 100 (D4RL, infos.py)
+    "HalfCheetah": (-280.178953, 12135.0),
+    "Hopper": (-20.272305, 3234.3),
+    "Walker2d": (1.629008, 4592.3),
+    "Ant": (-325.6, 3879.7),
+}
+MAZES = {  # name: (part of the file's name, steps of an episode, reference returns)
+    "umaze": ("umaze-sparse", 300, (23.85, 161.86)),
+    "umaze-dense": ("umaze-dense", 300, (68.537689, 193.66285642381482)),
+    "medium": ("medium-sparse", 600, (13.13, 277.39)),
+    "medium-dense": ("medium-dense", 600, (44.264742, 297.4552547777125)),
+    "large": ("large-sparse", 800, (6.7, 273.99)),
+    "large-dense": ("large-dense", 800, (30.569041, 303.4857382709002)),
+}
+ANTMAZES = {  # name: (part of the file's name, steps of an episode)
+    "umaze": ("u-maze_noisy_multistart_False_multigoal_False", 700),
+    "umaze-diverse": ("u-maze_noisy_multistart_True_multigoal_True", 700),
+    "medium-play": ("big-maze_noisy_multistart_True_multigoal_False", 1000),
+    "medium-diverse": ("big-maze_noisy_multistart_True_multigoal_True", 1000),
+    "large-play": ("hardest-maze_noisy_multistart_True_multigoal_False", 1000),
+    "large-diverse": ("hardest-maze_noisy_multistart_True_multigoal_True", 1000),
+}
+KITCHENS = {
+    "complete": "mini_kitchen_microwave_kettle_light_slider",
+    "partial": "kitchen_microwave_kettle_light_slider",
+    "mixed": "kitchen_microwave_kettle_bottomburner_light",
+}
+
+
+class DatasetError(SystemExit):
+    """A dataset that cannot be had or read. A command ends with its one message and exit code 1."""
+
+
+class Source(NamedTuple):
+    """A file, and what its name tells before it is opened."""
+
+    path: Path | str  # of the HDF5 file; while it is not found yet, below D4RL_HOST
+    layout: str = "D4RL"  # a D4RL name; "HDF5": a bare file in the same layout; "Minari"
+    env_id: str = ""  # to score on
+    ref: tuple[float, float] | None = None  # returns that score 0 and 100
+    limit: int = 0  # steps of an episode at most; 0: unknown
+    size: int = 0  # bytes; 0: unknown
+    sha256: str = ""  # "": unknown
+
+
+def find(name: str, env_id: str = "") -> tuple[Source, str]:
+    """The dataset `name` and where it came from. Raises DatasetError if it cannot be had."""
+    if name in d4rl_names():
+        source = d4rl_names()[name]
+        if env_id not in ("", source.env_id):
+            raise DatasetError(
+                f"{name} is scored on {source.env_id or 'no environment of Gymnasium'}: "
+                f"--env-id {env_id} is for a bare file (--env FILE.hdf5)"
+            )
+        return find_d4rl(name, source)
+    path = Path(name).expanduser()
+    if path.suffix in (".hdf5", ".h5") or path.is_file():
+        if not path.is_file():
+            raise DatasetError(f"{path.absolute()}: no such file")
+        return Source(path.absolute(), "HDF5", env_id), "local file"
+    near = difflib.get_close_matches(name, d4rl_names(), 3, 0.5)
+    if re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name, re.ASCII) and (
+        "/" in name or not near or local_minari(name)
+    ):
+        return find_minari(name, env_id)
+    raise DatasetError(
+        f"{name!r} is no dataset: neither a D4RL name"
+        f"{' (did you mean ' + ' or '.join(near) + '?)' if near else ''}, nor a Minari id such as "
+        f"mujoco/hopper/medium-v0, nor an .hdf5 file. {offline_hint()}"
+    )
+
+
+@functools.cache
+def d4rl_names() -> dict[str, Source]:
+    """D4RL's names and files; sizes and hashes where they are known."""
+    names = {}
+    for env, ref in REFERENCE.items():
+        for kind in ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay"):
+            path = f"gym_mujoco_v2/{env.lower()}_{kind.replace('-', '_')}-v2.hdf5"
+            names[f"{env.lower()}-{kind}-v2"] = Source(path, "D4RL", f"{env}-v4", ref)
+    for name, (part, limit, ref) in MAZES.items():
+        names[f"maze2d-{name}-v1"] = Source(f"maze2d/maze2d-{part}-v1.hdf5", ref=ref, limit=limit)
+    for name, (part, limit) in ANTMAZES.items():
+        path = f"ant_maze_v2/Ant_maze_{part}_sparse_fixed.hdf5"
+        names[f"antmaze-{name}-v2"] = Source(path, ref=(0.0, 1.0), limit=limit)
+    for name, part in KITCHENS.items():
+        names[f"kitchen-{name}-v0"] = Source(f"kitchen/{part}-v0.hdf5", limit=280)
+    for task in ("pen", "door", "hammer", "relocate"):
+        for kind in ("human", "cloned", "expert"):
+            names[f"{task}-{kind}-v1"] = Source(f"hand_dapg_v1/{task}-{kind}-v1.hdf5")
+    table = Path(__file__).with_name("d4rl_files.tsv").read_text().splitlines()
+    known = {path: rest for path, *rest in (row.split("\t") for row in table if row[0] != "#")}
+    for name, source in names.items():
+        size, sha256 = known.get(source.path, ("-", "-"))
+        if sha256 != "-":
+            names[name] = source._replace(size=int(size), sha256=sha256)
+    return names
+
+
+def find_d4rl(name, source):
+    """A copy that the user has, else a download from D4RL's host, else from the mirror."""
+    own = os.environ.get("D4RL_DATASET_DIR")
+    folders = [Path(own)] if own else []
+    folders.append(Path("~/.d4rl/datasets").expanduser())
+    file = Path(source.path).name
+    for path in (folder / sub for folder in folders for sub in (file, source.path)):
+        if path.is_file():
+            return source._replace(path=path), "local file"
+    target = folders[0] / file
+    tried = probe([D4RL_HOST + source.path, D4RL_MIRROR + file])
+    for url in (url for url, answer in tried.items() if not answer):
+        try:
+            download(url, target, source.size, source.sha256)
+            return source._replace(path=target), url
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            tried[url] = str(error) or type(error).__name__
+    raise unavailable(name, tried, file, folders)
+
+
+def minari_folder():
+    """Where minari keeps its datasets."""
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
+
+
+def local_minari(name):
+    """(HDF5 file, origin) of a Minari dataset, bundled or the user's own, or None."""
+    for folder, origin in ((BUNDLED, "bundled"), (minari_folder(), "local file")):
+        data = folder / name / "data"
+        if (data / "metadata.json").is_file() and (data / "main_data.hdf5").is_file():
+            return data / "main_data.hdf5", origin
+    return None
+
+
+def find_minari(name, env_id):
+    """A local copy, else a download by minari."""
+    tried = {} if local_minari(name) else download_minari(name)
+    found = local_minari(name)
+    if not found:
+        file = f"{name}/data/ (with metadata.json and main_data.hdf5)"
+        raise unavailable(name, tried, file, [BUNDLED, minari_folder()])
+    path, origin = found
+    return Source(path, "Minari", env_id), next(iter(tried), origin)
+
+
+def download_minari(name):
+    """minari's own download, which reads metadata as plain JSON: {address: what came of it}."""
+    if name.startswith("stillwater/"):
+        return {"network": "not asked; the repository's data/ has it, or benchmarks/collect.py "
+                           "makes it"}  # fmt: skip
+    tried = probe([MINARI_HOST + name.split("/")[0]])
+    for url in (url for url, answer in tried.items() if not answer):
+        try:
+            import minari  # takes a second
+
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                minari.download_dataset(name, force_download=True)  # completes a partial one
+            tried[url] = "came without data/main_data.hdf5: only HDF5 is read"
+        except Exception as error:  # its HTTP client's errors are no OSError
+            tried[url] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return tried
+
+
+def unavailable(name, tried, file, folders):
+    """The one message for a dataset that cannot be had: what was tried, and what would work."""
+    lines = [f"{name} cannot be had:", *(f"  {folder}: not there" for folder in folders)]
+    lines += [f"  {url}: {answer}" for url, answer in tried.items()]
+    lines += [f"Put {file} into {' or '.join(map(str, folders))}.", offline_hint()]
+    return DatasetError("\n".join(lines))
+
+
+def offline_hint():
+    if (BUNDLED / OFFLINE).is_dir():
+        return f"Works offline: --env {OFFLINE}"
+    return "Works offline: --env FILE.hdf5 --env-id Hopper-v5, a file of your own in D4RL's layout"
+
+
+def probe(urls: list[str]) -> dict[str, str]:
+    """Whether each address (or the proxy before it) takes connections: "" or why not.
+
+    Takes PATIENCE seconds at most, name service included, for all of them together.
+    """
+    answers = {url: f"no answer within {PATIENCE:g} s" for url in urls}
+
+    def ask(url):
+        where, proxies = urlsplit(url), urllib.request.getproxies()
+        if where.scheme in proxies and not urllib.request.proxy_bypass(where.hostname):
+            proxy = proxies[where.scheme]
+            where = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+        port = where.port or {"https": 443}.get(where.scheme, 80)
+        try:
+            socket.create_connection((where.hostname, port), PATIENCE).close()
+            answers[url] = ""
+        except (OSError, ValueError) as error:
+            answers[url] = f"no connection ({error})"
+
+    threads = [threading.Thread(target=ask, args=(url,), daemon=True) for url in urls]
+    deadline = time.monotonic() + PATIENCE
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return dict(answers)
+
+
+def download(url, target, size=0, sha256=""):
+    """`url` to the file `target`, whole or not at all. Raises OSError or HTTPException.
+
+    The body must be HDF5, as long as the server says, and of `size` bytes and `sha256` if known.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    request = urllib.request.Request(url, headers={"User-Agent": "stillwater"})
+    digest, done, shown = hashlib.sha256(), 0, time.monotonic()
+    try:
+        with urllib.request.urlopen(request, timeout=20) as body, open(part, "wb") as file:
+            length = int(body.headers.get("Content-Length") or size)
+            if size and length != size:
+                raise OSError(f"offers {length:,} bytes where D4RL's file has {size:,}")
+            while chunk := body.read(2**20):
+                if not done and not chunk.startswith(MAGIC):
+                    raise OSError(f"sent no HDF5 file; it begins with {chunk[:40]!r}")
+                digest.update(chunk)
+                file.write(chunk)
+                done += len(chunk)
+                if time.monotonic() - shown > 2:
+                    shown = time.monotonic()
+                    print(f"{url}: {done / 2**20:,.0f} of {length / 2**20:,.0f} MiB",
+                          file=sys.stderr)  # fmt: skip
+        if done < max(length, 1):
+            raise OSError(f"broke off after {done:,} of {length:,} bytes")
+        if sha256 and digest.hexdigest() != sha256:
+            raise OSError(f"refused, SHA-256 {digest.hexdigest()} is not D4RL's {sha256}")
+        os.replace(part, target)
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise OSError(f"HTTP {error.code} {error.reason}") from None
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,94 @@
+"""What is in a dataset, for a person: a table and a picture (python -m common.datasets NAME)."""
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def show(data):
+    """Prints facts of a datasets.Dataset as a table."""
+    table = Table(title=data.name, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for title, text in facts(data):
+        clean = "".join(c if c.isprintable() else " " for c in text)  # metadata is anyone's
+        table.add_row(title, Text(clean))
+    Console().print(table)
+
+
+def facts(data) -> list[tuple[str, str]]:
+    """(title, text) of each row of the table."""
+    returns, told = data.returns(), data.provenance
+    terminals, episodes = int(data.done.sum()), len(data.start)
+    known = {True: "as published", False: "NOT as published", None: "nothing published to compare"}
+    scored = data.ref_min is not None
+    rows = [
+        ("transitions", f"{len(data.obs):,}"),
+        ("episodes", f"{episodes:,}"),
+        ("episode ends", f"{terminals:,} terminal, {episodes - terminals:,} time limit or cut off"),
+        ("episode length", spread(data.length, "{:,.0f}")),
+        ("return", spread(returns, "{:,.1f}")),
+        ("normalised score", spread(data.score(returns), "{:.1f}") if scored else "no references"),
+        ("references", f"0 is {data.ref_min:g}, 100 is {data.ref_max:g}" if scored else "none"),
+        ("scored on", data.env_id or "nothing: --env-id names an environment"),
+        ("reward", spread(data.reward, "{:.3g}")),
+        (f"obs ({data.obs.shape[1]})", ranges(data.obs)),
+        (f"action ({data.action.shape[1]})", ranges(data.action)),
+        ("file", f"{told['file']} ({told['layout']} layout, {told['source']})"),
+        ("SHA-256", f"{told['sha256']} ({known[told['verified']]})"),
+    ]
+    for title, value in told["metadata"].items():
+        nested = value if isinstance(value, dict) else {"": value}
+        rows += [(f"{title} {key}".strip(), str(item)) for key, item in nested.items()]
+    return rows
+
+
+def spread(values, form):
+    """Mean, deviation, extremes and quartiles of (N,) values."""
+    low, first, middle, third, high = map(form.format, np.percentile(values, [0, 25, 50, 75, 100]))
+    mean, std = form.format(values.mean()), form.format(values.std())
+    return f"{mean} +- {std}   min {low}, quartiles {first} | {middle} | {third}, max {high}"
+
+
+def ranges(values):
+    """Lowest and highest of each column of (N, D) values."""
+    pairs = zip(values.min(0), values.max(0), strict=True)
+    return "  ".join(f"[{low:.3g}, {high:.3g}]" for low, high in pairs)
+
+
+def plot(data, path):
+    """Writes a picture of returns, episode lengths, actions and rewards to `path`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 2)
+    figure.suptitle(f"{data.name}: {len(data.obs):,} transitions, {len(data.start):,} episodes")
+    returns = data.returns()
+    panels = {
+        "undiscounted return of an episode": returns,
+        "length of an episode": data.length,
+        "reward of a step": data.reward,
+    }
+    for axis, (label, values) in zip(axes.flat, panels.items(), strict=False):
+        axis.hist(values, 60, color="tab:blue")
+        axis.axvline(values.mean(), color="tab:red", label=f"mean {values.mean():,.4g}")
+        axis.set(xlabel=label, ylabel="count")
+        axis.legend()
+    if data.ref_min is not None:
+        score = axes[0, 0].secondary_xaxis("top", functions=scales(data))
+        score.set_xlabel("normalised score")
+    for i, column in enumerate(data.action.T):
+        axes[1, 1].hist(column, 60, (-1, 1), histtype="step", label=f"{i}")
+    axes[1, 1].set(xlabel="action, by dimension", ylabel="count")
+    if data.action.shape[1] <= 10:
+        axes[1, 1].legend(ncols=2)
+    figure.savefig(path, dpi=120)
+
+
+def scales(data):
+    """Return to score, and back."""
+    width = data.ref_max - data.ref_min
+    return data.score, lambda score: data.ref_min + np.asarray(score) / 100 * width

@@ -1,0 +1,287 @@
+"""Evaluation against rollouts by hand, termination against the real environments, and video."""
+
+import functools
+import os
+import subprocess
+import sys
+import types
+import warnings
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import mujoco
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))
+from common import evaluation  # noqa: E402
+
+SIZES = {"Hopper-v5": (11, 3), "Pendulum-v1": (3, 1), "HalfCheetah-v5": (17, 6)}
+
+
+def linear(env_id, num_seeds, scale=1.0):
+    """A jitted linear policy per seed: weights (S, D, A), act(weights, obs (S, E, D))."""
+    weights = scale * jax.random.normal(jax.random.key(3), (num_seeds, *SIZES[env_id]))
+    return weights, jax.jit(lambda w, obs: jnp.tanh(obs @ w))
+
+
+def by_hand(policy, env_id, seed, rescale=1.0):
+    """The return and the length of one episode in one plain Gymnasium environment."""
+    env = gymnasium.make(env_id)
+    obs, rewards, over = env.reset(seed=seed)[0], [], False
+    while not over:
+        action = np.asarray(policy(np.float32(obs)), np.float32).clip(-1, 1)
+        obs, reward, terminated, truncated, _ = env.step(rescale * action)
+        rewards.append(float(reward))
+        over = terminated or truncated
+    return sum(rewards), len(rewards)
+
+
+@pytest.mark.parametrize("env_id, rescale", [("Hopper-v5", 1.0), ("Pendulum-v1", 2.0)])
+def test_returns_are_those_of_single_environments(env_id, rescale):
+    """Hopper falls early, at a different step in every episode; Pendulum's actions are in +-2."""
+    weights, act = linear(env_id, 2)
+    returns = evaluation.evaluate(
+        evaluation.stateless(partial(act, weights)), env_id, 2, 3, seed=5
+    )
+    assert returns.shape == (2, 3) and returns.dtype == np.float64
+    lengths = []
+    for s, j in np.ndindex(2, 3):
+
+        def alone(obs, s=s, j=j):  # in the batch's place: the same float32 sums, to the last bit
+            return act(weights, jnp.zeros((2, 3, len(obs))).at[s, j].set(obs))[s, j]
+
+        value, length = by_hand(alone, env_id, 5 + j, rescale)
+        np.testing.assert_allclose(returns[s, j], value, rtol=1e-9)
+        lengths.append(length)
+    if env_id == "Hopper-v5":
+        assert len(set(lengths)) > 1 and max(lengths) < 1000  # they do end early, apart
+    assert len(np.unique(returns)) == returns.size
+
+
+class Countdown(gymnasium.Env):
+    """Ends after 3 + (seed % 4) steps, paying 1 a step; stepping on would pay 1000."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    steps_after_end = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.left = 3 + seed % 4
+        return np.float32([self.left, 0]), {}
+
+    def step(self, action):
+        Countdown.steps_after_end += self.left <= 0
+        self.left -= 1
+        reward = 1.0 if self.left >= 0 else 1000.0
+        return np.float32([self.left, action[0]]), reward, self.left == 0, False, {}
+
+
+@pytest.fixture
+def countdown():
+    gymnasium.register("Countdown-v0", Countdown, max_episode_steps=5)
+    Countdown.steps_after_end = 0
+    yield "Countdown-v0"
+    del gymnasium.registry["Countdown-v0"]
+    evaluation._pool.cache_clear()
+
+
+def test_nothing_is_counted_or_stepped_after_the_end(countdown):
+    zeros = evaluation.stateless(lambda obs: np.zeros((2, 4, 1)))
+    for _ in range(2):  # a second evaluation begins from resets, not where the first one stopped
+        returns = evaluation.evaluate(zeros, countdown, 2, 4)
+        np.testing.assert_array_equal(returns, [[3, 4, 5, 5]] * 2)  # the last one by the time limit
+    assert Countdown.steps_after_end == 0
+
+
+def test_memory_policy_sees_the_reward_of_the_action_before(countdown):
+    seen = []
+
+    def policy(carry, obs, reward, key):
+        count, total = carry
+        seen.append((np.array(obs), np.array(reward), jax.random.key_data(key).tolist()))
+        return jnp.full((1, 2, 1), count / 10), (count + 1, total + reward)
+
+    evaluation.evaluate(policy, countdown, 1, 2, (0, jnp.zeros((1, 2))), seed=1)  # 4 and 5 steps
+    obs, reward, keys = zip(*seen, strict=True)
+    np.testing.assert_array_equal(np.array(reward)[:, 0, 0], [0, 1, 1, 1, 1])
+    np.testing.assert_array_equal(np.array(obs)[:, 0, 0, 0], [4, 3, 2, 1, 0])
+    np.testing.assert_array_equal(np.array(obs)[:, 0, 1, 0], [5, 4, 3, 2, 1])
+    np.testing.assert_allclose(np.array(obs)[1:, 0, 1, 1], [0, 0.1, 0.2, 0.3])  # its own count
+    folds = [jax.random.fold_in(jax.random.key(1), t) for t in range(5)]
+    assert list(keys) == [jax.random.key_data(k).tolist() for k in folds]
+
+
+def test_rewards_after_the_end_are_zero(countdown):
+    rewards = []
+
+    def policy(carry, obs, reward, key):
+        rewards.append(reward)
+        return np.zeros((1, 3, 1)), carry
+
+    evaluation.evaluate(policy, countdown, 1, 3)  # 3, 4 and 5 steps
+    np.testing.assert_array_equal(
+        np.array(rewards)[:, 0], [[0, 0, 0], [1, 1, 1], [1, 1, 1], [1, 1, 1], [0, 1, 1]]
+    )
+
+
+def test_seeds_do_not_touch_each_other_and_reruns_are_equal():
+    weights, act = linear("Hopper-v5", 3)
+
+    def returns(weights):
+        policy = evaluation.stateless(partial(act, weights))
+        return evaluation.evaluate(policy, "Hopper-v5", 3, 2)
+
+    first = returns(weights)
+    np.testing.assert_array_equal(returns(weights), first)
+    changed = returns(weights.at[1].multiply(-2))
+    np.testing.assert_array_equal(changed[[0, 2]], first[[0, 2]])
+    assert (changed[1] != first[1]).all()
+    same = returns(jnp.stack([weights[0]] * 3))
+    np.testing.assert_array_equal(same, np.stack([first[0]] * 3))  # same starts for every seed
+
+
+def test_a_policy_compiles_once():
+    weights, _ = linear("Pendulum-v1", 2)
+    traces = []
+
+    @jax.jit
+    def act(weights, obs, reward, key):
+        traces.append(obs.shape)
+        return jnp.tanh(obs @ weights) + 0.1 * jax.random.normal(key) + 0 * reward[..., None]
+
+    for factor in (1.0, 2.0):
+
+        def policy(carry, obs, reward, key, weights=factor * weights):
+            return act(weights, obs, reward, key), carry
+
+        evaluation.evaluate(policy, "Pendulum-v1", 2, 2)
+    assert traces == [(2, 2, 3)]
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_failed_seed_is_nan_and_the_others_go_on(countdown, wrong):
+    def policy(obs):
+        action = np.zeros((3, 2, 1))
+        action[1, 0] = np.where(obs[1, 0, 0] > 1, 0, wrong)  # fails before its last step
+        return action
+
+    returns = evaluation.evaluate(evaluation.stateless(policy), countdown, 3, 2)
+    np.testing.assert_array_equal(returns, [[3, 4], [np.nan, np.nan], [3, 4]])
+
+
+def test_a_policy_may_be_undefined_after_the_end(countdown):
+    def policy(obs):
+        return np.where(obs[..., :1] > 0, 0, np.nan)
+
+    returns = evaluation.evaluate(evaluation.stateless(policy), countdown, 1, 3)
+    np.testing.assert_array_equal(returns, [[3, 4, 5]])
+
+
+@pytest.mark.parametrize(
+    "env_id, says", [("", "--env-id"), ("Hoper-v5", "Hopper"), ("CartPole-v1", "Discrete(2)"),
+                     ("antigravity:Hopper-v5", "not the id")]
+)  # fmt: skip
+def test_environments_that_cannot_be_scored(env_id, says):
+    with pytest.raises(evaluation.EvaluationError) as error:
+        evaluation.evaluate(None, env_id, 1, 1)
+    assert says in str(error.value)
+
+
+def test_making_environments_is_quiet_and_leaves_no_log(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for env_id in ("HalfCheetah-v4", "HalfCheetah-v5"):
+            env = evaluation.make(env_id)
+            env.reset(seed=0)
+            env.step(np.zeros(6, np.float32))
+    assert not list(tmp_path.iterdir())
+
+
+# --- Termination ---
+
+ENDING = "Ant Hopper Humanoid InvertedDoublePendulum InvertedPendulum Walker2d".split()
+
+
+@functools.cache
+def transitions(env_id, count=600):
+    """Real steps from random states: (obs, action, next_obs, ended, unseen), `count` rows.
+
+    unseen: the end, if any, cannot be read off next_obs, see the comments in evaluation.py.
+    """
+    env, rng, rows = evaluation.make(env_id).unwrapped, np.random.default_rng(0), []
+    env.reset(seed=0)
+    for i in range(count):  # healthy, fallen, tumbling, and absurdly fast
+        width, speed = (0.05, 0.3, 1.0, 3.0)[i % 4], (0.1, 5.0, 40.0, 300.0)[rng.integers(4)]
+        qpos = env.init_qpos + width * rng.standard_normal(env.model.nq)
+        env.set_state(qpos, speed * rng.standard_normal(env.model.nv))
+        obs, action = env._get_obs(), rng.uniform(-1, 1, env.action_space.shape)
+        next_obs, _, ended, _, _ = env.step(action)
+        unseen = env_id.startswith("Hopper") and (np.abs(env.data.qvel) >= 100).any()
+        if env_id.startswith("InvertedDouble"):
+            older = env.data.site_xpos[0][2]
+            mujoco.mj_kinematics(env.model, env.data)  # the tip where the observation has it
+            unseen = (older <= 1) != (env.data.site_xpos[0][2] <= 1)
+        rows.append((obs, action, next_obs, ended, unseen))
+    return [np.array(column) for column in zip(*rows, strict=True)]
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("name", ENDING)
+def test_termination_is_the_real_one(name, version):
+    env_id = f"{name}-v{version}"
+    obs, action, next_obs, ended, unseen = transitions(env_id)
+    says = np.array(evaluation.termination(env_id)(*map(jnp.float32, (obs, action, next_obs))))
+    np.testing.assert_array_equal(says[~unseen], ended[~unseen])
+    assert min(ended[~unseen].sum(), (~ended[~unseen]).sum()) >= 100, (ended.mean(), unseen.mean())
+
+
+def test_hopper_ends_that_an_observation_cannot_show():
+    """Velocities are clipped in the observation, so an end by speed alone looks healthy there."""
+    *inputs, ended, unseen = transitions("Hopper-v4")
+    wrong = np.array(evaluation.termination("Hopper-v4")(*map(jnp.float32, inputs))) != ended
+    assert wrong.any() and not wrong[~unseen].any() and ended[wrong].all()
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("name", "HalfCheetah HumanoidStandup Reacher Swimmer".split())
+def test_termination_of_those_that_never_end(name, version):
+    env_id = f"{name}-v{version}"
+    obs, action, next_obs, ended, _ = transitions(env_id, 300)
+    assert not ended.any()
+    assert not np.array(evaluation.termination(env_id)(obs, action, next_obs)).any()
+
+
+def test_pendulum_never_ends():
+    env = evaluation.make("Pendulum-v1")
+    env.reset(seed=0)
+    over = [env.step(env.action_space.sample())[2:4] for _ in range(200)]
+    assert not np.array(over)[:-1].any() and over[-1] == (False, True)  # a time limit is no end
+    assert not np.array(evaluation.termination("Pendulum-v1")(*[jnp.zeros((4, 3))] * 3)).any()
+
+
+@pytest.mark.parametrize("name", [*ENDING, "HalfCheetah", "Reacher"])
+def test_termination_under_jit_and_vmap_for_any_leading_axes(name):
+    ends = evaluation.termination(f"{name}-v5")
+    obs = jnp.float32(transitions(f"{name}-v5")[2] if name in ENDING else jnp.ones((600, 17)))
+    action = jnp.zeros((600, 3))
+    plain = np.array(ends(obs, action, obs))
+    assert plain.shape == (600,) and plain.dtype == bool
+    np.testing.assert_array_equal(jax.jit(ends)(obs, action, obs), plain)
+    np.testing.assert_array_equal(jax.vmap(ends)(obs, action, obs), plain)
+    cube = [x.reshape(3, 200, -1) for x in (obs, action, obs)]
+    np.testing.assert_array_equal(ends(*cube), plain.reshape(3, 200))
+    if name in ENDING:  # a model's nonsense ends the rollout
+        assert bool(ends(obs[0], action[0], jnp.full_like(obs[0], jnp.nan)))
+
+
+def test_termination_of_an_unknown_environment_names_the_way_out():
+    for env_id in ("Hopper-v3", "Hopper", "", "MountainCarContinuous-v0", "Countdown-v4"):
+        with pytest.raises(evaluation.EvaluationError, match="--no-termination"):
+            evaluation.termination(env_id)
+    assert not evaluation.termination("PointMaze_UMaze-v3")(None, None, jnp.zeros((2, 4))).any()
