@@ -1,14 +1,14 @@
 """Conservative Offline Model-Based Policy Optimization (COMBO). Yu et al. 2021, arXiv:2102.08363.
 
 Learn a model of the environment, roll the policy out in it, and learn from real and imagined steps
-together, with a critic that is pushed down where the model went and up where the data is. No estimate
-of the model's error is needed.
+together, with a critic that is pushed down where the model went and up where the data is. No
+estimate of the model's error is needed.
 
-    Conservative policy evaluation (Section 3): d_f holds a fraction f of the data's steps and 1 - f of
-    the model's, rho the states of the model or of that mixture,
+    Conservative policy evaluation (Section 3): d_f holds a fraction f of the data's steps and 1 - f
+    of the model's; rho, the states of the model or of that mixture:
 
     min_Q  beta (E_s~rho[ log sum_a exp Q(s, a) ] - E_s,a~D[ Q(s, a) ])
-           + E_s,a,r,s'~d_f[ (r + gamma Q_target(s', a') - Q(s, a))^2 ],   a' ~ pi(. | s').
+           + E_s,a,r,s'~d_f[ (r + gamma Q_target(s', a') - Q(s, a))^2 ],   a' ~ pi(. | s')
 
     Policy improvement: soft actor-critic on the states of d_f.
     Model: an ensemble of N(mean(s, a), std(s, a)^2) for (s' - s, r), by maximum likelihood.
@@ -16,11 +16,11 @@ of the model's error is needed.
 Run: python algorithms/combo.py --env halfcheetah-medium-v2
 
 The sum over actions is CQL's: importance weights from 10 uniform actions, 10 of pi(. | s) and 10 of
-pi(. | s'), for each critic by itself. Settings of the trusted port, github.com/yihaosun1124/OfflineRL-Kit:
-both squared errors whole, not halved; the target without entropy. Differs from it: the log-sum-exp runs
-over all 30 actions (a reshape lost there leaves 3); each member of the model has its own bounds of the
-variance; each elite serves an equal share of a rollout's rows, drawn anew at each step; LeCun instead
-of PyTorch's initialisation; no normalisation of observations is theirs too, but can be asked for.
+pi(. | s'), for each critic by itself. Settings of the trusted port, OfflineRL-Kit
+(github.com/yihaosun1124/OfflineRL-Kit): both squared errors whole, not halved; the target without
+entropy. Differs from it: the log-sum-exp runs over all 30 actions (a reshape lost there leaves 3);
+each member of the model has its own bounds of the variance; each elite serves an equal share of a
+rollout's rows, drawn anew at each step; LeCun instead of PyTorch's initialisation.
 """
 
 import math
@@ -41,7 +41,6 @@ from flax.training.train_state import TrainState
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
-
 
 # The port's values where they depend on the data; the longest name that fits, see Config.
 PAPER = {
@@ -78,12 +77,12 @@ class Config:
     widths: tuple[int, ...] = (256, 256, 256)  # hidden layers of policy and critics
     normalize: bool = False  # standardise observations
     # --- COMBO ---
-    beta: float | None = None  # weight of the penalty; None: PAPER[dataset], else 5
+    beta: float | None = None  # weight of the penalty; None: PAPER, else 5
     num_actions: int = 10  # sampled actions of each of the three kinds
     max_backup: bool = False  # the target takes the best of num_actions next actions
     real_fraction: float = 0.5  # f, the data's part of a minibatch
     rho: Literal["mixture", "model"] = "mixture"  # states at which Q is pushed down
-    horizon: int | None = None  # steps of a model rollout; None: PAPER[dataset], else 5
+    horizon: int | None = None  # steps of a model rollout; None: PAPER, else 5
     rollout_every: int = 1_000  # gradient steps between rollouts
     rollout_batch: int = 50_000  # rows of a rollout, started from states of the data
     retain: int = 5  # rollouts that the ring holds
@@ -222,7 +221,7 @@ def init_fit(key, data, cfg):
 
 
 def model_loss(params, fit, inputs, targets, cfg):
-    """Negative log-likelihood, weight decay, and a pull on the bounds of the variance; one member."""
+    """Negative log-likelihood, weight decay, a pull on the variance's bounds; of one member."""
     x = (inputs - fit.dynamics.mean) / fit.dynamics.std
     mean, logvar = fit.model.apply_fn(params, x)
     nll = jnp.mean((mean - targets) ** 2 * jnp.exp(-logvar) + logvar)
@@ -360,6 +359,11 @@ def init(key, data, cfg):
     )
 
 
+def never(obs, action, next_obs):
+    """No terminal states, `--no-termination`."""
+    return jnp.zeros(len(next_obs), bool)
+
+
 def rollout(state, data, key, cfg, terminal):
     """The policy in the model: a Batch of horizon * R rows, and which of them come before an end.
 
@@ -442,7 +446,7 @@ def actor_loss(pi_params, state, batch, key):
 
 
 def temperature_loss(params, state, entropy, target_entropy):
-    """Rises while the policy's entropy is below its target; linear in the logarithm, as the port."""
+    """Its descent raises the temperature while the policy's entropy is below the target."""
     temperature = state.temperature.apply_fn(params)
     return jnp.log(temperature) * (entropy - target_entropy), {"temperature": temperature}
 
@@ -511,7 +515,7 @@ def act(state, obs):
 def main(cfg: Config):
     cfg = experiment.resolve(cfg, PAPER)  # --resume: the run's own config
     data = datasets.load(cfg.env, cfg.env_id)
-    terminal = evaluation.termination(data.env_id) if cfg.termination else evaluation.never
+    terminal = evaluation.termination(data.env_id) if cfg.termination else never
     run = experiment.Run(cfg, data)
     batch = data.transitions()
 

@@ -1,18 +1,18 @@
 """Conservative Q-Learning (CQL). Kumar, Zhou, Tucker, Levine 2020, arXiv:2006.04779.
 
-Soft actor-critic whose critic also learns to be small at actions that the data lacks and large at those
-that it has, so that its value is a lower bound of the policy's true one.
+Soft actor-critic whose critic also learns to be small at actions that the data lacks and large at
+those that it has, so that the policy's value is a lower bound of the true one.
 
     min_Q  alpha E_s~D[ log sum_a exp Q(s, a) - E_a~D[Q(s, a)] ]
            + E_D[ (r + gamma Q_target(s', a') - Q(s, a))^2 ],   a' ~ pi(. | s')       (4)
 
 Run: python algorithms/cql.py --env halfcheetah-medium-v2
 
-The sum over actions is an integral, estimated with importance weights from 10 uniform actions, 10 of
-pi(. | s) and 10 of pi(. | s'), for each critic by itself (Appendix F). Options: `--variant rho`
-replaces it by log E_a~pi[exp Q(s, a)], the solution for R(mu) = -KL(mu, pi) (Section 3.2); `--lagrange`
-tunes alpha so that the bracket stays at that gap; `--max-backup` takes the best of 10 a'; `--alpha 0`
-is plain SAC, which fails on offline data.
+The sum over actions is an integral, estimated with importance weights from 10 uniform actions, 10
+of pi(. | s) and 10 of pi(. | s'), for each critic by itself (Appendix F). Options: `--variant rho`
+has log E_a~pi[exp Q(s, a)] in its place, the solution for the regulariser -KL(mu, pi); `--lagrange`
+tunes alpha to hold the bracket at that gap; `--max-backup` takes the best of 10 a'; `--alpha 0` is
+plain SAC, which fails on offline data.
 
 Settings of the trusted port (github.com/young-geng/CQL): both squared errors whole, not halved; the
 target without entropy. Differs from it: LeCun instead of PyTorch's initialisation; the data's own
@@ -221,7 +221,7 @@ def actor_loss(pi_params, state, batch, key):
 
 
 def temperature_loss(params, state, entropy, target_entropy):
-    """Rises while the policy's entropy is below its target; linear in the logarithm, as the port."""
+    """Its descent raises the temperature while the policy's entropy is below the target."""
     temperature = state.temperature.apply_fn(params)
     return jnp.log(temperature) * (entropy - target_entropy), {"temperature": temperature}
 

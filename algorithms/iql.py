@@ -9,9 +9,10 @@ expectile of Q(s, a) over the data's actions stands in for max_a Q(s, a).
 
 Run: python algorithms/iql.py --env halfcheetah-medium-v2 --num-seeds 4
 
-As the authors' code, not the paper: Q_target is the smaller of two target critics, exp is clipped at
-100, the policy learns against the new V. Differs from the authors' code: LeCun instead of orthogonal
-initialisation; observations are standardised; the data's own next_obs, so that rows at time limits count.
+As the authors' code, not the paper: Q_target is the smaller of two target critics, the exponential
+is clipped at 100, the policy learns against the new V. Differs from the authors' code: LeCun for
+orthogonal initialisation; observations are standardised; the data's own next_obs, so that rows at
+time limits count; actions of the data are not clipped.
 """
 
 import sys
@@ -57,13 +58,11 @@ class Config:
     widths: tuple[int, ...] = (256, 256)  # hidden layers of every network
     normalize: bool = True  # standardise observations
     # --- IQL ---
-    tau: float | None = None  # expectile, Eq. (5); None: PAPER[dataset], else 0.7
-    beta: float | None = None  # inverse temperature, Eq. (7); None: PAPER[dataset], else 3
+    tau: float | None = None  # expectile, Eq. (5); None: PAPER, else 0.7
+    beta: float | None = None  # inverse temperature, Eq. (7); None: PAPER, else 3
     max_weight: float = 100.0  # clip of the exponential in Eq. (7)
-    scale_reward: bool | None = (
-        None  # x 1000 / (best - worst return); None: PAPER[dataset], else on
-    )
-    shift_reward: float | None = None  # added to every reward; None: PAPER[dataset], else 0
+    scale_reward: bool | None = None  # x 1000 / (best - worst return); None: PAPER, else on
+    shift_reward: float | None = None  # added to every reward; None: PAPER, else 0
 
 
 class MLP(nn.Module):

@@ -352,7 +352,9 @@ def train(cfg, env, folder, goal):
                 save(folder, done, state, replay, returns)
     except KeyboardInterrupt:
         save(folder, done, state, replay, returns)
-        raise SystemExit(f"\nstopped at {done:,} steps; the same command goes on from there") from None
+        raise SystemExit(
+            f"\nstopped at {done:,} steps; the same command goes on from there"
+        ) from None
     save(folder, done, state, replay, returns)
     return state, replay, json.loads((folder / "medium.json").read_text())["step"]
 
@@ -385,9 +387,7 @@ def record(cfg, env, goal):
     if cfg.kind == "medium-replay":
         rows = {k: v[:medium_step] for k, v in replay.filled().items()}
         return thin(rows, cfg.num_steps, rng), about | {"replay_steps": medium_step}
-    medium = serialization.from_bytes(
-        state.actor.params, (folder / "medium.msgpack").read_bytes()
-    )
+    medium = serialization.from_bytes(state.actor.params, (folder / "medium.msgpack").read_bytes())
     actors = {"medium": state.actor.replace(params=medium), "expert": state.actor}
     kinds = cfg.kind.split("-")
     parts = []
@@ -480,7 +480,12 @@ def compress(old, new):
         if isinstance(item, h5py.Group):
             compress(item, new.create_group(name))
         else:
-            how = {"compression": "gzip", "compression_opts": 9, "shuffle": True, "chunks": item.shape}
+            how = {
+                "compression": "gzip",
+                "compression_opts": 9,
+                "shuffle": True,
+                "chunks": item.shape,
+            }
             new.create_dataset(name, data=item[()], **(how if item.nbytes > 1024 else {}))
 
 

@@ -5,8 +5,8 @@
 
 Look at one: python -m common.datasets NAME [--env-id Hopper-v5] [--plot FILE.png]
 
-A name becomes a file in sources.py, a file checked arrays in layouts.py; here those become episodes,
-kept in a flat cache (`$XDG_CACHE_HOME/stillwater` or `~/.cache/stillwater`; safe to delete).
+A name becomes a file in sources.py, a file checked arrays in layouts.py; here those become
+episodes, kept in a flat cache ($XDG_CACHE_HOME/stillwater or ~/.cache/stillwater; safe to delete).
 """
 
 import contextlib
@@ -124,7 +124,7 @@ def read(source, origin):
                      f"{stand_in:,} terminal rows have obs in place of next_obs")  # fmt: skip
     ref = reference(source, metadata, env_id)
     kept = ("algorithm_name", "author", "description", "minari_version", "stillwater")
-    about = dict(env_id=env_id, ref_min=ref[0], ref_max=ref[1])
+    about = {"env_id": env_id, "ref_min": ref[0], "ref_max": ref[1]}
     about["provenance"] = {
         "file": str(path), "layout": source.layout, "source": origin, "sha256": sha256,
         "verified": verified, "notes": notes, "timeouts": int((rows.end & ~rows.terminal).sum()),
@@ -141,9 +141,9 @@ def choose_env(source, metadata, notes):
     own = ""
     with contextlib.suppress(KeyError, TypeError, ValueError):
         spec = metadata["env_spec"]
-        own = str((json.loads(spec) if isinstance(spec, str) else spec)["id"])
+        own = str((json.loads(spec) if isinstance(spec, str) else spec)["id"])[:100]
     if source.env_id and own not in ("", source.env_id):
-        raise DatasetError(f"{source.path}: is data of {own}, not of --env-id {source.env_id}")
+        raise DatasetError(f"{source.path}: is data of {own!r}, not of --env-id {source.env_id}")
     try:
         env = inspect_env(source.env_id or own) if source.env_id or own else layouts.Env()
     except DatasetError as error:
@@ -233,6 +233,7 @@ def read_cache(folder):
 
 def write_cache(folder, stamp, arrays, about):
     """Into a temporary folder, then renamed; what stood there of an older content goes."""
+    part = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.iterdir():
@@ -242,8 +243,9 @@ def write_cache(folder, stamp, arrays, about):
             np.save(part / f"{name}.npy", array)
         (part / "about.json").write_text(json.dumps(about))
         part.rename(folder / stamp)
-    except OSError:  # a read-only home, a full disk: the next load reads the file again
-        shutil.rmtree(folder, ignore_errors=True)
+    except (OSError, ValueError):  # a read-only home, a full disk: the next load reads the file
+        if part:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def main(name: tyro.conf.Positional[str], env_id: str = "", plot: Path | None = None):

@@ -8,6 +8,7 @@ the real environment ends an episode; a trained run is filmed by
 
 import functools
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -114,71 +115,46 @@ def _rollout(policy, envs, num_seeds, carry, seed):
             return returns.reshape(shape)
 
 
-# --- Where episodes truly end, from the next observation; read in Gymnasium 1.4's sources ---
+# --- Termination ---
 
-
-def _never(obs):
-    return jnp.zeros(obs.shape[:-1], bool)
-
-
-def _hopper(obs):
-    # The environment tests velocities but observes them clipped to [-10, 10]: an end by speed alone
-    # (|qvel| >= 100) shows in no observation.
-    healthy = (obs[..., 0] > 0.7) & (jnp.abs(obs[..., 1]) < 0.2)
-    return ~(healthy & (jnp.abs(obs[..., 1:]) < 100).all(-1))
-
-
-def _walker2d(obs):
-    z, angle = obs[..., 0], obs[..., 1]
-    return ~((z > 0.8) & (z < 2.0) & (jnp.abs(angle) < 1.0))
-
-
-def _ant(obs):
-    return ~((obs[..., 0] >= 0.2) & (obs[..., 0] <= 1.0) & jnp.isfinite(obs).all(-1))
-
-
-def _humanoid(obs):
-    return ~((obs[..., 0] > 1.0) & (obs[..., 0] < 2.0))
-
-
-def _inverted_pendulum(obs):
-    return ~((jnp.abs(obs[..., 1]) <= 0.2) & jnp.isfinite(obs).all(-1))
-
-
-def _inverted_double_pendulum(obs):
-    # Height of the tip, links of 0.6 m. The environment's is a physics substep (0.01 s) older than
-    # the observation, so the two differ where the tip crosses the line within that substep.
-    sin1, sin2, cos1, cos2 = (obs[..., i] for i in range(1, 5))
-    return ~(0.6 * cos1 + 0.6 * (cos1 * cos2 - sin1 * sin2) > 1)
-
-
-_RULES = {  # v4 and v5 end alike
-    **dict.fromkeys(("HalfCheetah", "HumanoidStandup", "Reacher", "Swimmer"), _never),
-    "Ant": _ant,
-    "Hopper": _hopper,
-    "Humanoid": _humanoid,
-    "InvertedDoublePendulum": _inverted_double_pendulum,
-    "InvertedPendulum": _inverted_pendulum,
-    "Walker2d": _walker2d,
+_ALIVE = {  # obs (..., D) -> bool (...), v4 and v5 alike, read in Gymnasium 1.4's sources
+    "Ant": lambda o: (o[..., 0] >= 0.2) & (o[..., 0] <= 1.0) & jnp.isfinite(o).all(-1),
+    # Hopper tests velocities but observes them clipped to [-10, 10]: an end by speed alone, of 100
+    # and more, shows in no observation.
+    "Hopper": lambda o: (
+        (o[..., 0] > 0.7) & (abs(o[..., 1]) < 0.2) & (abs(o[..., 1:]) < 100).all(-1)
+    ),
+    "Humanoid": lambda o: (o[..., 0] > 1.0) & (o[..., 0] < 2.0),
+    "InvertedPendulum": lambda o: (abs(o[..., 1]) <= 0.2) & jnp.isfinite(o).all(-1),
+    # Height of the tip of two links of 0.6 m, angles a and b: cos a + cos(a + b). The environment's
+    # is one physics substep older than obs; they differ if the tip crosses the line within it.
+    "InvertedDoublePendulum": lambda o: (
+        0.6 * (o[..., 3] + o[..., 3] * o[..., 4] - o[..., 1] * o[..., 2]) > 1.0
+    ),
+    "Walker2d": lambda o: (o[..., 0] > 0.8) & (o[..., 0] < 2.0) & (abs(o[..., 1]) < 1.0),
 }
+_ALIVE |= dict.fromkeys(
+    ("HalfCheetah", "HumanoidStandup", "Reacher", "Swimmer"), lambda o: jnp.ones(o.shape[:-1], bool)
+)
 
 
 def termination(env_id):
     """When the environment truly ends: (obs (..., D), action (..., A), next_obs) -> bool (...).
 
-    Time limits are not ends. For jit, vmap and any leading axes. Holds for the environments as
-    registered, without options. Raises EvaluationError for an environment that it does not know.
+    Time limits are not ends; nan is one, wherever the environment looks. For jit, vmap and any
+    leading axes. Holds for environments as registered, without options. Raises EvaluationError
+    for one that it does not know.
     """
     name, _, version = env_id.rpartition("-v")
-    rule = _RULES.get(name) if version in ("4", "5") else None
-    if env_id == "Pendulum-v1" or name.startswith("PointMaze_"):  # a reached goal is renewed
-        rule = _never
-    if rule is None:
+    alive = _ALIVE.get(name) if version in ("4", "5") else None
+    if env_id == "Pendulum-v1" or name.startswith("PointMaze_"):  # a goal reached is renewed
+        alive = _ALIVE["HalfCheetah"]
+    if alive is None:
         raise EvaluationError(
-            f"No termination function is known for {env_id!r}, only for {', '.join(_RULES)} (v4, "
+            f"No termination function is known for {env_id!r}, only for {', '.join(_ALIVE)} (v4, "
             "v5), Pendulum-v1 and PointMaze. If its episodes never end early: --no-termination."
         )
-    return lambda obs, action, next_obs: rule(next_obs)
+    return lambda obs, action, next_obs: ~alive(next_obs)
 
 
 # --- Video ---
@@ -198,16 +174,19 @@ def film(policy, env_id, path, episodes=1, carry=None, seed=0):
     if path.suffix not in (".mp4", ".gif"):
         raise EvaluationError(f"{path}: a video's name must end in .mp4 or .gif.")
     env = make(env_id, render_mode="rgb_array")
+    if model := getattr(env.unwrapped, "model", None):
+        model.vis.quality.shadowsize = 0  # MuJoCo's shadows triple the time and leave blotches
     try:
         env.reset(seed=seed)
         env.render()
-    except Exception as error:  # every OpenGL library fails in its own way
+    except Exception as error:  # OpenGL libraries fail in many ways
         raise EvaluationError(f"{env_id} cannot be drawn here: {error!r}. {_ADVICE}") from error
     skip, steps = max(1, round(env.metadata["render_fps"] / 30)), itertools.count()
     fps = env.metadata["render_fps"] / skip
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"fps": fps} if path.suffix == ".mp4" else {"duration": 1000 / fps, "loop": 0}
-    with env, imageio.get_writer(path, **options) as video:
+    with warnings.catch_warnings(), env, imageio.get_writer(path, **options) as video:
+        warnings.filterwarnings("ignore", r"os.fork\(\) was called", RuntimeWarning)  # by ffmpeg
 
         def watched(*inputs):
             if next(steps) % skip == 0:
@@ -219,7 +198,7 @@ def film(policy, env_id, path, episodes=1, carry=None, seed=0):
 
 
 def _choose_renderer():
-    """Without a display, set MUJOCO_GL to what draws here; MuJoCo reads it when imported."""
+    """Without a display, set MUJOCO_GL, which MuJoCo reads when imported, to what draws here."""
     if sys.platform != "linux" or {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
         return
     for name in ("egl", "osmesa"):  # each in a process of its own: a failed import lingers
@@ -241,12 +220,12 @@ def main(run: tyro.conf.Positional[Path], video: Path, episodes: int = 1, seed: 
         seed: which of the run's seeds, counted from 0
     """
     _choose_renderer()
-    from common import datasets, experiment
+    from common import experiment
 
     module, cfg, state = experiment.load(run)
     if not 0 <= seed < cfg.num_seeds:
         raise EvaluationError(f"{run} holds seeds 0 to {cfg.num_seeds - 1}, counted from 0.")
-    env_id = cfg.env_id or datasets.load(cfg.env).env_id
+    env_id = json.loads((run / "config.json").read_text())["dataset"]["env_id"]
     policy = functools.partial(jax.jit(module.act), jax.tree.map(lambda x: x[seed], state))
     returns = film(stateless(policy), env_id, video, episodes)
     print(f"{video}: {env_id}, return {', '.join(f'{r:.1f}' for r in returns)}")

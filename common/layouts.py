@@ -81,7 +81,7 @@ class Reader:
         return here
 
     def array(self, field, ndim):
-        """The finite numbers at `field`, float32, of `ndim` axes, of which only the first may be 0."""
+        """The finite numbers at `field`: float32, `ndim` axes, only the first of which may be 0."""
         item = self.item(field)
         if not isinstance(item, h5py.Dataset):
             raise self.refusal(field, "missing" if item is None else "a group, not an array")
@@ -149,7 +149,7 @@ class Reader:
             low, high = (np.broadcast_to(x, values.shape[1])[column] for x in (env.low, env.high))
             raise self.refusal(
                 field,
-                f"row {row}, column {column}: {values[row, column]} is not within the action's "
+                f"row {row}, column {column}: {values[row, column]:.7g} is not within the action's "
                 f"bounds {low:g} and {high:g}" + (f" of {env.env_id}" if env.env_id else ""),
             )
         return values
@@ -171,7 +171,7 @@ def read_d4rl(reader: Reader, env: Env) -> Rows:
     """
     obs, action = reader.obs("observations", env), reader.actions("actions", env)
     reward, terminal = reader.array("rewards", 1), reader.flags("terminals")
-    sizes = dict(observations=len(obs), actions=len(action), rewards=len(reward))
+    sizes = {"observations": len(obs), "actions": len(action), "rewards": len(reward)}
     timeout = next_obs = None
     if reader.item("timeouts") is not None:
         timeout = reader.flags("timeouts")

@@ -127,7 +127,7 @@ def d4rl_names() -> dict[str, Source]:
 def find_d4rl(name, source):
     """A copy that the user has, else a download from D4RL's host, else from the mirror."""
     own = os.environ.get("D4RL_DATASET_DIR")
-    folders = [Path(own)] if own else []
+    folders = [Path(own).expanduser()] if own else []
     folders.append(Path("~/.d4rl/datasets").expanduser())
     file = Path(source.path).name
     for path in (folder / sub for folder in folders for sub in (file, source.path)):
@@ -207,7 +207,7 @@ def probe(urls: list[str]) -> dict[str, str]:
 
     Takes PATIENCE seconds at most, name service included, for all of them together.
     """
-    answers = {url: f"no answer within {PATIENCE:g} s" for url in urls}
+    answers = dict.fromkeys(urls, f"no answer within {PATIENCE:g} s")
 
     def ask(url):
         where, proxies = urlsplit(url), urllib.request.getproxies()
@@ -236,6 +236,9 @@ def download(url, target, size=0, sha256=""):
     The body must be HDF5, as long as the server says, and of `size` bytes and `sha256` if known.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f"{target.name}.*.part"):  # by a run that was killed
+        if time.time() - left.stat().st_mtime > 3600:
+            left.unlink(missing_ok=True)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     request = urllib.request.Request(url, headers={"User-Agent": "stillwater"})
     digest, done, shown = hashlib.sha256(), 0, time.monotonic()

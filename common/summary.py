@@ -76,12 +76,13 @@ def plot(data, path):
         axis.hist(values, 60, color="tab:blue")
         axis.axvline(values.mean(), color="tab:red", label=f"mean {values.mean():,.4g}")
         axis.set(xlabel=label, ylabel="count")
+        axis.ticklabel_format(axis="x", useOffset=False)
         axis.legend()
     if data.ref_min is not None:
         score = axes[0, 0].secondary_xaxis("top", functions=scales(data))
         score.set_xlabel("normalised score")
     for i, column in enumerate(data.action.T):
-        axes[1, 1].hist(column, 60, (-1, 1), histtype="step", label=f"{i}")
+        axes[1, 1].hist(column, 60, range=(-1, 1), histtype="step", label=f"{i}")
     axes[1, 1].set(xlabel="action, by dimension", ylabel="count")
     if data.action.shape[1] <= 10:
         axes[1, 1].legend(ncols=2)

@@ -45,9 +45,7 @@ def by_hand(policy, env_id, seed, rescale=1.0):
 def test_returns_are_those_of_single_environments(env_id, rescale):
     """Hopper falls early, at a different step in every episode; Pendulum's actions are in +-2."""
     weights, act = linear(env_id, 2)
-    returns = evaluation.evaluate(
-        evaluation.stateless(partial(act, weights)), env_id, 2, 3, seed=5
-    )
+    returns = evaluation.evaluate(evaluation.stateless(partial(act, weights)), env_id, 2, 3, seed=5)
     assert returns.shape == (2, 3) and returns.dtype == np.float64
     lengths = []
     for s, j in np.ndindex(2, 3):
@@ -205,7 +203,7 @@ def test_making_environments_is_quiet_and_leaves_no_log(tmp_path, monkeypatch):
 
 # --- Termination ---
 
-ENDING = "Ant Hopper Humanoid InvertedDoublePendulum InvertedPendulum Walker2d".split()
+ENDING = ["Ant", "Hopper", "Humanoid", "InvertedDoublePendulum", "InvertedPendulum", "Walker2d"]
 
 
 @functools.cache
@@ -249,7 +247,7 @@ def test_hopper_ends_that_an_observation_cannot_show():
 
 
 @pytest.mark.parametrize("version", [4, 5])
-@pytest.mark.parametrize("name", "HalfCheetah HumanoidStandup Reacher Swimmer".split())
+@pytest.mark.parametrize("name", ["HalfCheetah", "HumanoidStandup", "Reacher", "Swimmer"])
 def test_termination_of_those_that_never_end(name, version):
     env_id = f"{name}-v{version}"
     obs, action, next_obs, ended, _ = transitions(env_id, 300)
@@ -285,3 +283,111 @@ def test_termination_of_an_unknown_environment_names_the_way_out():
         with pytest.raises(evaluation.EvaluationError, match="--no-termination"):
             evaluation.termination(env_id)
     assert not evaluation.termination("PointMaze_UMaze-v3")(None, None, jnp.zeros((2, 4))).any()
+
+
+# --- Video ---
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A run folder and, in experiment.load's place, a state whose second seed's weights are 1."""
+    (tmp_path / "config.json").write_text('{"dataset": {"env_id": "Pendulum-v1"}}')
+    cfg, state = types.SimpleNamespace(num_seeds=2), {"w": jnp.stack([jnp.zeros(()), jnp.ones(())])}
+    module = types.SimpleNamespace(act=lambda state, obs: state["w"] * obs[..., :1])
+    fake = types.SimpleNamespace(load=lambda run: (module, cfg, state))
+    monkeypatch.setattr("common.experiment", fake, raising=False)
+    monkeypatch.setitem(sys.modules, "common.experiment", fake)
+    monkeypatch.setattr(evaluation, "_choose_renderer", lambda: None)
+    return tmp_path
+
+
+class Drawn(Countdown):
+    """Countdown with a picture of the steps left."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 60}
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((32, 32, 3), 20 * max(self.left, 0), np.uint8)
+
+
+@pytest.fixture
+def drawn():
+    gymnasium.register("Drawn-v0", Drawn)
+    gymnasium.registry["Drawn-v0"].max_episode_steps = 50
+    yield "Drawn-v0"
+    del gymnasium.registry["Drawn-v0"]
+
+
+def test_film_shows_the_evaluated_episodes(drawn, tmp_path):
+    path = tmp_path / "new" / "film.gif"
+    zeros = evaluation.stateless(lambda obs: np.zeros_like(obs[..., :1]))
+    returns = evaluation.film(zeros, drawn, path, episodes=4)
+    np.testing.assert_array_equal(returns, evaluation.evaluate(zeros, drawn, 1, 4)[0])
+    evaluation._pool.cache_clear()
+    import imageio.v2 as imageio
+
+    with imageio.get_reader(path) as video:  # 18 steps, every second one at 60 Hz
+        shades = [frame.mean() for frame in video]
+    assert len(shades) == 9 and shades[0] == pytest.approx(60, abs=4)
+
+
+def test_the_command_films_the_seed_asked_for(trained, drawn, capsys):
+    (trained / "config.json").write_text('{"dataset": {"env_id": "Drawn-v0"}}')
+    video = trained / "film.gif"
+    evaluation.main(trained, video, episodes=2, seed=1)
+    assert capsys.readouterr().out == f"{video}: Drawn-v0, return 3.0, 4.0\n" and video.exists()
+    with pytest.raises(evaluation.EvaluationError, match="seeds 0 to 1"):
+        evaluation.main(trained, video, seed=2)
+    with pytest.raises(evaluation.EvaluationError, match="mp4 or .gif"):
+        evaluation.main(trained, trained / "film.txt")
+
+
+def test_no_renderer_ends_in_one_message_with_the_package(monkeypatch):
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    tried = []
+    monkeypatch.setattr(subprocess, "call", lambda cmd, env, stderr: tried.append(env) or 1)
+    with pytest.raises(evaluation.EvaluationError, match="apt-get install libegl1"):
+        evaluation._choose_renderer()
+    assert [env["MUJOCO_GL"] for env in tried] == ["egl", "osmesa"]
+    assert "MUJOCO_GL" not in os.environ
+    monkeypatch.setattr(subprocess, "call", lambda cmd, env, stderr: env["MUJOCO_GL"] == "egl")
+    evaluation._choose_renderer()
+    assert os.environ.pop("MUJOCO_GL") == "osmesa"
+
+
+def test_a_broken_renderer_is_one_message(tmp_path, drawn, monkeypatch):
+    monkeypatch.setattr(Drawn, "render", lambda self: 1 / 0)
+    with pytest.raises(evaluation.EvaluationError, match="cannot be drawn here.*apt-get"):
+        evaluation.film(None, drawn, tmp_path / "film.gif")
+
+
+FILM = """
+import sys
+import imageio.v2 as imageio, numpy as np
+from common import evaluation
+
+evaluation._choose_renderer()
+policy = evaluation.stateless(lambda obs: np.zeros((1, 1, 3)))
+print(evaluation.film(policy, "Hopper-v5", sys.argv[1])[0])
+with imageio.get_reader(sys.argv[1]) as video:
+    frames = np.array([frame for frame in video])
+print(len(frames), frames.std(), np.any(frames[0] != frames[-1]))
+"""
+
+
+def test_hopper_is_really_drawn_where_the_machine_can(tmp_path):
+    """In a process of its own: the renderer is chosen before MuJoCo is imported."""
+    command = [sys.executable, "-W", "error", "-c", FILM, str(tmp_path / "hopper.mp4")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode and "apt-get" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    value, count, contrast, moves = done.stdout.split()
+    zeros = evaluation.stateless(lambda obs: np.zeros((1, 1, 3)))
+    assert float(value) == evaluation.evaluate(zeros, "Hopper-v5", 1, 1)[0, 0]
+    assert int(count) > 5 and float(contrast) > 10 and moves == "True"

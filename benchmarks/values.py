@@ -1,0 +1,104 @@
+"""Is Q conservative? The critic's value of a run's policy against the return that it truly earns.
+
+States are drawn from the data; from each, the simulator is set to that state, takes the data's
+action or the policy's, and then follows the policy. Q(s, a) is the smaller of the run's critics':
+
+    q_data, q_pi        mean Q at the data's actions and at the policy's
+    true_data, true_pi  mean discounted return from there, Monte Carlo in the simulator
+
+A lower bound has q_pi <= true_pi. Run: python benchmarks/values.py runs/cql/... runs/combo/...
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))  # finds common/
+from common import datasets, evaluation, experiment  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Config:
+    runs: tyro.conf.Positional[tuple[str, ...]]  # run folders of actor-critic algorithms
+    num_states: int = 200  # states drawn from the data
+    horizon: int = 500  # steps of a return; 0.99^500 = 0.007
+    seed: int = 0  # of the states and of the policy's samples
+    out: str = str(ROOT / "benchmarks/results/values.json")
+
+
+def place(env, obs):
+    """Sets a Hopper, Walker2d or HalfCheetah to the state that `obs` shows, at x = 0."""
+    num_q = env.unwrapped.model.nq
+    env.reset()
+    env.unwrapped.set_state(np.r_[0.0, obs[: num_q - 1]], np.asarray(obs[num_q - 1 :], float))
+
+
+def true_returns(envs, policy, obs, action, key, gamma, horizon):
+    """Discounted returns of `action` (n, A) at `obs` (n, D), then the policy; shape (n,)."""
+    for env, o in zip(envs, obs, strict=True):
+        place(env, o)
+    obs, total, alive = np.array(obs), np.zeros(len(obs)), list(range(len(obs)))
+    for t in range(horizon):
+        for i in list(alive):
+            obs[i], reward, terminated, _, _ = envs[i].step(action[i])
+            total[i] += gamma**t * reward
+            if terminated:
+                alive.remove(i)
+        action = np.asarray(policy(obs, jax.random.fold_in(key, t))).clip(-1, 1)
+    return total
+
+
+def measure(run, cfg):
+    """The four numbers for the first seed of a run."""
+    module, own, state = experiment.load(run)
+    state = jax.tree.map(lambda x: x[0], state)
+    data = datasets.load(own.env, own.env_id)
+    rows = np.random.default_rng(cfg.seed).choice(len(data.obs), cfg.num_states, replace=False)
+    obs, action = data.obs[rows], data.action[rows]
+
+    @jax.jit
+    def sample(obs, key):
+        pi = state.actor.apply_fn(state.actor.params, module.normalise(state, obs))
+        return pi.sample(seed=key)
+
+    @jax.jit
+    def q(obs, action):
+        obs = module.normalise(state, obs)
+        return state.critic.apply_fn(state.critic.params, obs, action).min(0)
+
+    k_action, k_data, k_pi = jax.random.split(jax.random.key(cfg.seed), 3)
+    own_action = np.asarray(sample(obs, k_action)).clip(-1, 1)
+    envs = [evaluation.make(data.env_id, max_episode_steps=cfg.horizon + 1) for _ in rows]
+    true = partial(true_returns, envs, sample, obs, gamma=own.gamma, horizon=cfg.horizon)
+    return {
+        "run": str(Path(run)),
+        "algorithm": module.__name__,
+        "dataset": own.env,
+        "num_updates": own.num_updates,
+        "q_data": float(jnp.mean(q(obs, action))),
+        "true_data": float(true(action, k_data).mean()),
+        "q_pi": float(jnp.mean(q(obs, own_action))),
+        "true_pi": float(true(own_action, k_pi).mean()),
+    }
+
+
+def main(cfg: Config):
+    rows = [measure(run, cfg) for run in cfg.runs]
+    names = ["algorithm", "dataset", "num_updates", "q_data", "true_data", "q_pi", "true_pi"]
+    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    for row in rows:
+        cells = (f"{row[n]:.1f}" if isinstance(row[n], float) else str(row[n]) for n in names)
+        print("| " + " | ".join(cells) + " |")
+    Path(cfg.out).write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,128 @@
+"""Config of a run: filled, checked, stored as JSON and read again. Knows no algorithm."""
+
+import dataclasses
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+from common.checkpoint import RunError
+
+PROJECT = Path(__file__).resolve().parents[1]
+PACKAGES = ["jax", "jaxlib", "flax", "optax", "distrax", "gymnasium", "mujoco", "numpy"]
+RULES = {  # pattern of a field's name: what its value must be
+    "num_updates|eval_every|save_every|num_seeds|batch_size": ("at least 1", lambda x: x >= 1),
+    "seed|eval_episodes": ("at least 0", lambda x: x >= 0),
+    "gamma|polyak": ("between 0 and 1", lambda x: 0 <= x <= 1),
+    "(.+_)?lr": ("above 0", lambda x: 0 < x < math.inf),
+}
+
+
+def resolve(cfg, paper=None):
+    """The config to run: `cfg` filled and checked, or the one stored in the folder `cfg.resume`.
+
+    paper: {part of a dataset's name: {field: value}} fills fields that are None; of the parts
+    within `cfg.env` the longest wins, then "default". RunError: an impossible value, or a flag that
+    conflicts with the stored config (`resume`, `out` and `wandb` may differ).
+    """
+    if cfg.resume:
+        return _resumed(cfg)
+    values, name = {}, re.sub("[^a-z0-9]+", "-", cfg.env.lower())
+    for part in ["default", *sorted((part for part in paper or {} if part in name), key=len)]:
+        values |= (paper or {}).get(part, {})
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in values.items() if getattr(cfg, k) is None})
+    for name, value in vars(cfg).items():
+        for pattern, (rule, good) in RULES.items():
+            if re.fullmatch(pattern, name) and value is not None and not good(value):
+                raise RunError(f"{_flag(name)} {value}: must be {rule}.")
+    total, every = cfg.num_updates, min(cfg.eval_every, cfg.num_updates)
+    if total % every:
+        near = f"{total // every * every} and {(total // every + 1) * every} are the nearest"
+        raise RunError(f"--num-updates {total} is no multiple of --eval-every {every}: {near}.")
+    return dataclasses.replace(cfg, eval_every=every)
+
+
+def _resumed(cfg):
+    folder = Path(cfg.resume).expanduser().resolve()
+    info = read(folder)
+    if info["algorithm"] != algorithm(cfg):
+        raise RunError(f"{folder} is a run of {info['algorithm']}, not of {algorithm(cfg)}.")
+    stored = build(type(cfg), info["config"], folder)
+    typed = {word.split("=")[0].strip("-").replace("-", "_") for word in sys.argv[1:]}
+    for field in dataclasses.fields(cfg):
+        name, value, own = field.name, getattr(cfg, field.name), getattr(stored, field.name)
+        asked = value != field.default or {name, "no_" + name} & typed
+        if asked and value != own and name not in ("resume", "out", "wandb"):
+            raise RunError(f"{_flag(name)} {value} conflicts with the resumed run's {own}.")
+    return dataclasses.replace(stored, resume=str(folder), wandb=cfg.wandb)
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def read(folder):
+    """The config.json of a run folder, a dict; `dims` are N rows, D and A."""
+    path = folder / "config.json"
+    try:
+        info = json.loads(path.read_text("utf-8"))
+        values = [info[name] for name in ("algorithm", "config", "dataset")] + info["dims"]
+    except OSError as error:
+        raise RunError(f"{folder} is no run folder: {path.name}: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged: {error!r}.") from None
+    if list(map(type, values)) != [str, dict, dict, int, int, int]:
+        raise RunError(f"{path} is damaged: a value in it has the wrong type.")
+    return info
+
+
+def build(kind, values, folder):
+    """The dataclass `kind` from JSON, exactly as it was: lists were tuples."""
+
+    def tuples(value):
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    unknown = ", ".join(values.keys() - {field.name for field in dataclasses.fields(kind)})
+    if unknown:
+        raise RunError(f"{folder / 'config.json'} has options unknown to this program: {unknown}.")
+    return kind(**{name: tuples(value) for name, value in values.items()})
+
+
+def algorithm(cfg):
+    """The algorithm's name: that of the file which defines the config's class."""
+    return Path(inspect.getfile(type(cfg))).stem
+
+
+def module(name):
+    """algorithms/<name>.py, imported: the only code ever executed for a run folder."""
+    path = PROJECT / "algorithms" / f"{name}.py"
+    if not (name.isidentifier() and path.is_file()):
+        raise RunError(f"There is no algorithm {name!r} in {path.parent}.")
+    spec = importlib.util.spec_from_file_location(f"algorithms.{name}", path)
+    sys.modules[spec.name] = found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def machine():
+    """Versions, commit and device: what a run's bits depend on besides its config."""
+    versions = {x.name: x.version for x in metadata.distributions() if x.name in PACKAGES}
+    git, commit = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40"], ""
+    with suppress(OSError):
+        git += ["--exclude=*", "--dirty=+changes"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {
+        "versions": {"python": sys.version.split()[0], **dict(sorted(versions.items()))},
+        "commit": commit or None,
+        "device": f"CPU, {os.cpu_count()} cores" if device.endswith("x cpu") else device,
+    }
