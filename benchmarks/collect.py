@@ -12,15 +12,17 @@ dataset with its provenance: `<out>/stillwater/<env>/<kind>-v0/data/{metadata.js
 Run: python benchmarks/collect.py --env-id Hopper-v5 --kind medium
 
 All kinds of one environment and seed share one SAC run. Ctrl-C keeps what was trained; the same
-command goes on from there. Soft Actor-Critic: Haarnoja et al. 2018, arXiv:1812.05905; protocol: Fu et
-al. 2020, arXiv:2004.07219.
+command goes on from there. Soft Actor-Critic: Haarnoja et al. 2018, arXiv:1812.05905; the protocol:
+Fu et al. 2020, arXiv:2004.07219.
 """
 
+import itertools
 import json
 import os
 import shutil
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -40,7 +42,7 @@ import tyro
 from flax import serialization, struct
 from flax.training.train_state import TrainState
 
-# Returns that score 0 and 100, per environment: D4RL's (its wiki and infos.py). Others are measured.
+# Returns that score 0 and 100, per environment: D4RL's (infos.py). Others are measured.
 REFERENCE = {
     "HalfCheetah": (-280.178953, 12135.0),
     "Hopper": (-20.272305, 3234.3),
@@ -142,7 +144,7 @@ def temperature(params):
 
 
 def critic_loss(q_params, state, batch, key, cfg):
-    """Soft Bellman error against the smaller target, Eqs. (5) and (6)."""
+    """Soft Bellman error against the smaller of two targets."""
     obs, action, reward, next_obs, done = batch
     pi = state.actor.apply_fn(state.actor.params, next_obs)
     next_action, log_pi = pi.sample_and_log_prob(seed=key)
@@ -154,7 +156,7 @@ def critic_loss(q_params, state, batch, key, cfg):
 
 
 def actor_loss(pi_params, state, batch, key):
-    """Entropy-regularised value of the policy, Eq. (7)."""
+    """Entropy-regularised value of the policy."""
     pi = state.actor.apply_fn(pi_params, batch[0])
     action, log_pi = pi.sample_and_log_prob(seed=key)
     q = state.critic.apply_fn(state.critic.params, batch[0], action).min(0)
@@ -162,7 +164,7 @@ def actor_loss(pi_params, state, batch, key):
 
 
 def alpha_loss(params, entropy, action_dim):
-    """Keeps the entropy at -|A|, Eq. (18)."""
+    """Keeps the entropy at -|A|."""
     return params["log_alpha"] * (entropy + action_dim), {}
 
 
@@ -190,8 +192,14 @@ def sample(actor, obs, key):
     return actor.apply_fn(actor.params, obs).sample(seed=key)
 
 
+@jax.jit
+def mode(actor, obs):
+    """The policy's median action, shape (..., A)."""
+    return actor.apply_fn(actor.params, obs).mode()
+
+
 def make_env(env_id):
-    """The environment with actions in [-1, 1]; flat observations and continuous actions or an error."""
+    """The environment with actions in [-1, 1]. SystemExit unless it is flat and continuous."""
     mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model uses a deprecated attribute
     env = gymnasium.make(env_id)
     spaces = env.observation_space, env.action_space
@@ -229,7 +237,7 @@ class Replay:
 
 
 def play(envs, policy, rng, num_steps):
-    """Whole episodes in rounds, one for each environment, until `num_steps` rows; the rest is cut.
+    """Whole episodes in rounds, one for each environment, until there are `num_steps` rows.
 
     policy(obs (n, D)) -> actions (n, A). Returns arrays of `FIELDS`, episodes one after another.
     """
@@ -248,7 +256,7 @@ def play(envs, policy, rng, num_steps):
                     alive.remove(i)
         episodes += rows
         total += sum(map(len, rows))
-    flat = [row for episode in episodes for row in episode][:num_steps]
+    flat = [row for episode in episodes for row in episode]
     return {k: np.array([row[i] for row in flat]) for i, k in enumerate(FIELDS)}
 
 
@@ -291,6 +299,16 @@ def save(folder, step, state, replay, returns):
     os.replace(folder / "replay.tmp", folder / "replay.npz")
     write(folder / "sac.msgpack", serialization.to_bytes(state))
     write(folder / "progress.json", json.dumps({"step": step, "returns": returns}).encode())
+
+
+def check_settings(cfg, folder):
+    """Refuses to go on with a run that other settings began."""
+    kept = {k: v for k, v in asdict(cfg).items() if k not in ("kind", "num_steps", "out", "work")}
+    kept = json.dumps(kept | {"sac_steps": 0})  # more steps may be asked for later
+    path = folder / "settings.json"
+    if path.exists() and path.read_text() != kept:
+        raise SystemExit(f"{folder} was begun with other settings; name another folder by --work")
+    write(path, kept.encode())
 
 
 def load(folder, state, replay):
@@ -352,11 +370,16 @@ def train(cfg, env, folder, goal):
                 save(folder, done, state, replay, returns)
     except KeyboardInterrupt:
         save(folder, done, state, replay, returns)
-        raise SystemExit(
-            f"\nstopped at {done:,} steps; the same command goes on from there"
-        ) from None
+        raise SystemExit(f"\nstopped at {done:,} steps; the same command goes on") from None
     save(folder, done, state, replay, returns)
     return state, replay, json.loads((folder / "medium.json").read_text())["step"]
+
+
+def cut(rows, num_steps):
+    """The first `num_steps` rows; an episode that this breaks off ends in a truncation."""
+    rows = {k: v[:num_steps] for k, v in rows.items()}
+    rows["truncated"][-1] |= not rows["terminated"][-1]
+    return rows
 
 
 def thin(rows, num_steps, rng):
@@ -374,36 +397,40 @@ def thin(rows, num_steps, rng):
 
 
 def record(cfg, env, goal):
-    """Rows of the dataset (arrays of `FIELDS`) and what is to be said of the policies behind them."""
+    """Rows of the dataset (arrays of `FIELDS`), and facts about the policies behind them."""
     rng = np.random.default_rng([cfg.seed, 1])
     envs = [make_env(cfg.env_id) for _ in range(10)]
     if cfg.kind == "random":
         uniform = partial(rng.uniform, -1, 1, (len(envs), *env.action_space.shape))
-        return play(envs, lambda _: uniform(), rng, cfg.num_steps), {}
+        return cut(play(envs, lambda _: uniform(), rng, cfg.num_steps), cfg.num_steps), {}
     folder = Path(cfg.work) / f"{cfg.env_id}-s{cfg.seed}"
     folder.mkdir(parents=True, exist_ok=True)
+    check_settings(cfg, folder)
     state, replay, medium_step = train(cfg, env, folder, goal)
-    about = {"medium_at_step": medium_step}
-    if cfg.kind == "medium-replay":
-        rows = {k: v[:medium_step] for k, v in replay.filled().items()}
-        return thin(rows, cfg.num_steps, rng), about | {"replay_steps": medium_step}
     medium = serialization.from_bytes(state.actor.params, (folder / "medium.msgpack").read_bytes())
     actors = {"medium": state.actor.replace(params=medium), "expert": state.actor}
-    kinds = cfg.kind.split("-")
-    parts = []
+    about, parts = {"medium_at_step": medium_step}, []
+    replayed = cfg.kind == "medium-replay"
+    kinds = ["medium"] if replayed else cfg.kind.split("-")
     for kind in kinds:
-        keys = iter(jax.random.split(jax.random.key(int(rng.integers(2**31))), 2**20))
-
-        def policy(obs, kind=kind, keys=keys):
-            return sample(actors[kind], obs, next(keys))
-
-        parts.append(play(envs, policy, rng, cfg.num_steps // len(kinds)))
-        parts[-1]["truncated"][-1] |= not parts[-1]["terminated"][-1]
+        actor, key = actors[kind], jax.random.key(int(rng.integers(2**31)))
+        keys = (jax.random.fold_in(key, i) for i in itertools.count())
+        greedy = play(envs, partial(mode, actor), rng, 1)
+        sampled = play(envs, lambda o, a=actor, k=keys: sample(a, o, next(k)), rng,
+                       1 if replayed else cfg.num_steps // len(kinds))  # fmt: skip
+        about[f"{kind}_policy_return"] = {
+            "sampled": float(episode_returns(sampled).mean()),
+            "deterministic": float(episode_returns(greedy).mean()),
+        }
+        parts.append(cut(sampled, cfg.num_steps // len(kinds)))
+    if replayed:
+        seen = {k: v[:medium_step] for k, v in replay.filled().items()}
+        return thin(seen, cfg.num_steps, rng), about
     return {k: np.concatenate([p[k] for p in parts]) for k in FIELDS}, about
 
 
 def export(cfg, env, rows, ref_min, ref_max, source, about):
-    """Writes `rows` as the Minari dataset stillwater/<env>/<kind>-v0 below cfg.out; returns its path."""
+    """Writes `rows` as Minari dataset stillwater/<env>/<kind>-v0 below cfg.out; its path."""
     name = f"stillwater/{cfg.env_id.rsplit('-', 1)[0].lower()}/{cfg.kind}-v0"
     final = Path(cfg.out).resolve() / name
     temporary = final.with_name(f".{final.name}.part")
@@ -430,22 +457,23 @@ def export(cfg, env, rows, ref_min, ref_max, source, about):
             )
         )
     d = env.observation_space.shape
-    dataset = minari.create_dataset_from_buffers(
-        name,
-        buffers,
-        env=cfg.env_id,
-        observation_space=gymnasium.spaces.Box(-np.inf, np.inf, d, np.float32),
-        action_space=gymnasium.spaces.Box(low, high, dtype=np.float32),
-        algorithm_name="uniform actions" if cfg.kind == "random" else "SAC",
-        author="Stillwater",
-        requirements=[f"{p}=={version(p)}" for p in ("gymnasium", "mujoco")],
-        description=f"{cfg.kind} data of {cfg.env_id}, made by Stillwater's benchmarks/collect.py",
-    )
+    with warnings.catch_warnings():  # minari recommends an e-mail address and a permanent link
+        warnings.filterwarnings("ignore", "`(code_permalink|author_email|eval_env)` is set to None")
+        dataset = minari.create_dataset_from_buffers(
+            name,
+            buffers,
+            env=cfg.env_id,
+            observation_space=gymnasium.spaces.Box(-np.inf, np.inf, d, np.float32),
+            action_space=gymnasium.spaces.Box(low, high, dtype=np.float32),
+            algorithm_name="uniform actions" if cfg.kind == "random" else "SAC",
+            author="Stillwater",
+            requirements=[f"{p}=={version(p)}" for p in ("gymnasium", "mujoco")],
+            description=f"{cfg.kind} data of {cfg.env_id}, by Stillwater's benchmarks/collect.py",
+        )
     dataset.storage.update_metadata(
         {
             "ref_min_score": ref_min,
             "ref_max_score": ref_max,
-            "num_episodes_average_score": 100,
             "stillwater": {
                 "command": "python benchmarks/collect.py " + " ".join(sys.argv[1:]),
                 "config": asdict(cfg),
@@ -462,9 +490,9 @@ def export(cfg, env, rows, ref_min, ref_max, source, about):
         }
     )
     data = temporary / name / "data"
-    with h5py.File(data / "main_data.hdf5") as old:
-        with h5py.File(data / "small.hdf5", "w", libver="latest") as new:  # short headers
-            compress(old, new)
+    small = h5py.File(data / "small.hdf5", "w", libver="latest")  # with short headers
+    with h5py.File(data / "main_data.hdf5") as old, small as new:
+        compress(old, new)
     os.replace(data / "small.hdf5", data / "main_data.hdf5")
     shutil.rmtree(final, ignore_errors=True)
     final.parent.mkdir(parents=True, exist_ok=True)

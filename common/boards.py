@@ -46,6 +46,9 @@ class Boards:
                 self.wandb.log({f"s{seed}/{name}": x for name, x in values.items()}, step=step)
 
     def close(self):
-        """Ends the W&B run; the files of TensorBoard are complete after each write."""
+        """Complete the files; end the run at W&B."""
+        for writer in self.writers or []:
+            writer.close()
         if self.wandb:
             self.wandb.finish()
+        self.writers = self.wandb = None

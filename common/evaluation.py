@@ -199,15 +199,17 @@ def film(policy, env_id, path, episodes=1, carry=None, seed=0):
 
 def _choose_renderer():
     """Without a display, set MUJOCO_GL, which MuJoCo reads when imported, to what draws here."""
-    if sys.platform != "linux" or {"MUJOCO_GL", "DISPLAY"} & os.environ.keys():
+    asked = os.environ.get("MUJOCO_GL")
+    if sys.platform != "linux" or ("DISPLAY" in os.environ and not asked):
         return
-    for name in ("egl", "osmesa"):  # each in a process of its own: a failed import lingers
+    names = [asked] if asked else ["egl", "osmesa"]
+    for name in names:  # each in a process of its own: a failed import lingers
         trial = f"from mujoco.{name} import GLContext; GLContext(8, 8).make_current()"
         environ, quiet = {**os.environ, "MUJOCO_GL": name}, subprocess.DEVNULL
         if subprocess.call([sys.executable, "-c", trial], env=environ, stderr=quiet) == 0:
             os.environ["MUJOCO_GL"] = name
             return
-    raise EvaluationError(f"There is no display, and neither EGL nor OSMesa draws. {_ADVICE}")
+    raise EvaluationError(f"MuJoCo cannot draw here: tried {' and '.join(names)}. {_ADVICE}")
 
 
 def main(run: tyro.conf.Positional[Path], video: Path, episodes: int = 1, seed: int = 0):

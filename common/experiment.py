@@ -18,7 +18,7 @@ import re
 import shlex
 import sys
 import time
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -171,6 +171,7 @@ class Run:
         if not self._console.is_terminal:
             self.log(status)
         with (
+            closing(self._boards),
             self._console.status(status) as self._status,
             interrupt.heard(self._stop_soon, self._stop_now),
         ):
@@ -271,7 +272,6 @@ class Run:
         self.log(f"Curve: {_short(path)}")
         folder = shlex.quote(_short(self.folder))
         self.log(f"Video: python -m common.evaluation {folder} --video run.mp4")
-        self._boards.close()
 
 
 def _short(path):

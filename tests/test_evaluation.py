@@ -346,7 +346,8 @@ def test_the_command_films_the_seed_asked_for(trained, drawn, capsys):
 
 
 def test_no_renderer_ends_in_one_message_with_the_package(monkeypatch):
-    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setenv("MUJOCO_GL", "")  # so that it is restored
+    monkeypatch.delenv("MUJOCO_GL")
     monkeypatch.delenv("DISPLAY", raising=False)
     monkeypatch.setattr(sys, "platform", "linux")
     tried = []
@@ -355,9 +356,14 @@ def test_no_renderer_ends_in_one_message_with_the_package(monkeypatch):
         evaluation._choose_renderer()
     assert [env["MUJOCO_GL"] for env in tried] == ["egl", "osmesa"]
     assert "MUJOCO_GL" not in os.environ
-    monkeypatch.setattr(subprocess, "call", lambda cmd, env, stderr: env["MUJOCO_GL"] == "egl")
+    monkeypatch.setattr(
+        subprocess, "call", lambda cmd, env, stderr: env["MUJOCO_GL"] == "egl"
+    )  # fails
     evaluation._choose_renderer()
-    assert os.environ.pop("MUJOCO_GL") == "osmesa"
+    assert os.environ["MUJOCO_GL"] == "osmesa"
+    with pytest.raises(evaluation.EvaluationError, match="tried osmesa"):  # asked for, but broken
+        monkeypatch.setattr(subprocess, "call", lambda cmd, env, stderr: 1)
+        evaluation._choose_renderer()
 
 
 def test_a_broken_renderer_is_one_message(tmp_path, drawn, monkeypatch):

@@ -1,0 +1,578 @@
+"""common/experiment.py, by way of the tiny algorithm in tests/toy.py."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parent))
+import toy  # noqa: E402
+
+from common import checkpoint, config, curve, experiment, interrupt  # noqa: E402
+
+
+@pytest.fixture
+def cfg(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["toy.py"])
+    monkeypatch.setattr(curve, "plot", lambda path, *args: path.write_text("drawn"))  # slow
+    return toy.Config(out=str(tmp_path / "runs"))
+
+
+def resumed(run, **flags):
+    return toy.main(toy.Config(resume=str(run.folder), **flags))
+
+
+def rows(folder):
+    """metrics.csv without its timing columns."""
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    assert lines[0].split(",")[-2:] == list(experiment.TIMING)
+    return [line.rsplit(",", 2)[0] for line in lines]
+
+
+def equal(a, b):
+    """Whether two run folders hold the same results, bit for bit."""
+    files = ("checkpoint/state.msgpack", "checkpoint/checkpoint.json", "returns.json")
+    same = [(a / name).read_bytes() == (b / name).read_bytes() for name in files]
+    return all(same) and rows(a) == rows(b)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run, not to be changed."""
+    return toy.main(toy.Config(out=str(tmp_path_factory.mktemp("whole"))))
+
+
+# --- The folder ---
+
+
+def test_folder_is_complete(whole):
+    names = {path.name for path in whole.folder.iterdir()}
+    assert names == {
+        *("config.json", "metrics.csv", "returns.json", "curve.png", "tensorboard"),
+        *("checkpoint", "checkpoint.old"),
+    }
+    assert whole.folder.parent.name == "stillwater-hopper-medium-v0"
+    assert whole.folder.parent.parent.name == "toy"
+    assert whole.folder.name.endswith("-s0")
+    info = json.loads((whole.folder / "config.json").read_text())
+    assert info["algorithm"] == "toy" and info["dims"] == [60, 5, 2]
+    assert info["dataset"]["mean_return"] == pytest.approx(toy.dataset("").returns().mean())
+    expected = {"python", "jax", "jaxlib", "flax", "optax", "distrax", "gymnasium", "mujoco"}
+    assert expected < info["versions"].keys() and info["device"] and info["command"]
+
+
+def test_metrics_and_returns(whole):
+    header, *lines = rows(whole.folder)
+    assert header == "step,seed,return_mean,return_std,score,loss,q_data,q_pi"
+    keys = [tuple(map(int, line.split(",")[:2])) for line in lines]
+    assert keys == [(step, seed) for step in range(10, 51, 10) for seed in (0, 1)]
+    returns = json.loads((whole.folder / "returns.json").read_text())
+    assert np.shape([returns[str(step)] for step in range(10, 51, 10)]) == (5, 2, 3)
+    mean = float(lines[-1].split(",")[2])
+    assert mean == np.mean(returns["50"][1]) and float(lines[-1].split(",")[4]) == mean / 2
+
+
+def test_tensorboard_holds_every_scalar(whole):
+    from tensorboardX.proto.event_pb2 import Event
+
+    for seed in ("s0", "s1"):
+        (path,) = (whole.folder / "tensorboard" / seed).iterdir()
+        raw, events = path.read_bytes(), []
+        while raw:  # records: length (8 bytes), its CRC (4), event, CRC (4)
+            size = int.from_bytes(raw[:8], "little")
+            events.append(Event.FromString(raw[12 : 12 + size]))
+            raw = raw[16 + size :]
+        tags = [value.tag for event in events for value in event.summary.value]
+        assert tags.count("loss") == tags.count("score") == 5
+
+
+def test_curve_is_a_picture(whole):
+    height, width, _ = matplotlib.image.imread(whole.folder / "curve.png").shape
+    assert 800 < width < 1600 and 600 < height < 1600
+
+
+def test_curve_without_scores(tmp_path):
+    step = np.array([[10], [20]])
+    columns = {"step": step, "score": step * np.nan, "return_mean": step, "loss": step}
+    curve.plot(tmp_path / "one.png", "title", columns, {"data's mean": 3.0})
+    assert matplotlib.image.imread(tmp_path / "one.png").shape[0] < 700  # one panel
+    curve.plot(tmp_path / "none.png", "title", columns | {"return_mean": step * np.nan}, {})
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_statistics():
+    assert curve.iqm(np.array([[-100.0, 1, 2, 3, 4, 5, 6, 900]])) == 3.5
+    x = np.random.default_rng(1).normal(50, 10, (1, 400))
+    low, high = curve.interval(x)
+    assert low < x.mean() < high and high - low == pytest.approx(2 * 1.96 * 0.5, rel=0.15)
+    between = np.array([[0.0] * 50, [10.0] * 50])  # the seeds differ, not the episodes
+    assert tuple(curve.interval(between)) == (0, 10)
+
+
+def test_terminal(cfg, capsys):
+    run = toy.main(cfg)
+    text = capsys.readouterr().out
+    for words in (
+        "stillwater/hopper/medium-v0: 60 transitions, behaviour's score 52.5",
+        "50 updates of 2 seeds on",
+        run.folder.name,
+        "Compiling",
+        "10/50   20%",
+        "(with compiling)",
+        "50/50  100%",
+        "left  score 5",
+        "Final score",
+        "95 % interval",
+        "python -m common.evaluation",
+    ):
+        assert words in text
+    assert text.index("Compiling") < text.index("10/50") and text.count("(with compiling)") == 1
+
+
+def test_two_runs_in_one_second(cfg):
+    class Frozen(experiment.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "datetime", Frozen)
+        runs = [experiment.Run(cfg, toy.dataset(cfg.env)) for _ in range(3)]
+    names = [run.folder.name for run in runs]
+    assert names == ["20260102-030405-s0", "20260102-030405-s0-2", "20260102-030405-s0-3"]
+
+
+@pytest.mark.parametrize("name", ["../../x.hdf5", "/tmp/a b/x.hdf5", "a" * 300, "é/ü"])
+def test_dataset_name_makes_one_folder(cfg, name):
+    run = experiment.Run(cfg, toy.dataset(name))
+    assert run.folder.parents[2] == Path(cfg.out)
+
+
+# --- Config ---
+
+
+def test_config_round_trip(cfg):
+    cfg = experiment.resolve(dataclasses.replace(cfg, seed=3, gamma=1 / 3, normalize=False))
+    run = experiment.Run(cfg, toy.dataset(cfg.env))
+    back = experiment.resolve(toy.Config(resume=str(run.folder)))
+    assert dataclasses.replace(back, resume="") == cfg
+    assert [type(x) for x in vars(back).values()] == [type(x) for x in vars(cfg).values()]
+    assert back.nested == ((1 / 3, 1e-45), (0.1,)) and back.tau is None
+
+
+@pytest.mark.parametrize(
+    "env, tau, expected",
+    [
+        ("stillwater/hopper/medium-replay-v0", None, 0.9),
+        ("hopper-medium-v2", None, 0.9),
+        ("path/to/hopper_expert.hdf5", None, 0.6),
+        ("walker2d-medium-v2", None, 0.7),
+        ("hopper-medium-v2", 0.1, 0.1),
+        ("hopper-medium-v2", 0.0, 0.0),
+    ],
+)
+def test_values_of_the_paper(env, tau, expected):
+    assert experiment.resolve(toy.Config(env=env, tau=tau), toy.PAPER).tau == expected
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(num_updates=55), "50 and 60 are the nearest"),
+        (dict(num_updates=0), "--num-updates 0"),
+        (dict(num_updates=-10), "--num-updates -10"),
+        (dict(eval_every=0), "--eval-every 0"),
+        (dict(eval_every=-5), "--eval-every -5"),
+        (dict(num_seeds=0), "--num-seeds 0"),
+        (dict(batch_size=0), "--batch-size 0"),
+        (dict(save_every=0), "--save-every 0"),
+        (dict(eval_episodes=-1), "--eval-episodes -1"),
+        (dict(seed=-1), "--seed -1"),
+        (dict(gamma=1.01), "--gamma 1.01"),
+        (dict(gamma=float("nan")), "--gamma nan"),
+        (dict(lr=-0.1), "--lr -0.1"),
+        (dict(lr=0.0), "--lr 0.0"),
+        (dict(actor_lr=float("inf")), "--actor-lr inf"),
+        (dict(actor_lr=float("nan")), "--actor-lr nan"),
+    ],
+)
+def test_impossible_values_are_refused(flags, words):
+    with pytest.raises(experiment.RunError) as error:
+        experiment.resolve(toy.Config(**flags))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_short_run_is_one_chunk():
+    assert experiment.resolve(toy.Config(num_updates=7, eval_every=100)).eval_every == 7
+
+
+def test_no_evaluation(cfg, capsys):
+    run = toy.main(dataclasses.replace(cfg, eval_episodes=0))
+    assert rows(run.folder)[1].split(",")[2:5] == ["nan"] * 3
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_no_reference_scores(cfg, capsys, monkeypatch):
+    data = dataclasses.replace(toy.dataset(cfg.env), ref_min=None, ref_max=None)
+    monkeypatch.setattr(toy, "dataset", lambda name: data)
+    toy.main(cfg)
+    text = capsys.readouterr().out
+    assert "Final return" in text and "score" not in text and "left  return" in text
+
+
+def test_wandb_not_installed(cfg, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(experiment.RunError, match="pip install wandb"):
+        toy.main(dataclasses.replace(cfg, wandb=True))
+
+
+# --- Resuming ---
+
+
+@pytest.mark.parametrize("save_every", [10, 20])
+def test_resume_gives_the_same_bits(cfg, save_every):
+    cfg = dataclasses.replace(cfg, save_every=save_every)
+    a, b = toy.main(cfg), toy.main(cfg, stop=30)
+    assert b.step == {10: 30, 20: 20}[save_every]  # what came after is made again
+    c = resumed(b)
+    assert c.folder == b.folder and equal(a.folder, b.folder)
+    assert (b.folder / "curve.png").exists()
+
+
+def test_resumed_arrays_can_be_donated(cfg):
+    run = toy.main(cfg, stop=10)
+    again = experiment.Run(experiment.resolve(toy.Config(resume=str(run.folder))), run.data)
+    template = jax.vmap(lambda key: toy.init(key, run.data.transitions(), cfg))(
+        jax.random.split(jax.random.key(0), 2)
+    )
+    state = again.restore(template)
+    assert jax.tree.structure(state) == jax.tree.structure(template)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+    jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(state)
+    assert state.x.is_deleted()
+
+
+def test_killed_before_the_save(tmp_path):
+    code = "import toy, sys; toy.main(toy.Config(out=sys.argv.pop()), kill=30)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=Path(toy.__file__).parent
+    )
+    assert done.returncode == -signal.SIGKILL
+    (folder,) = tmp_path.glob("toy/*/*")
+    assert rows(folder)[-1].startswith("30,") and "30" in (folder / "returns.json").read_text()
+    run = toy.main(toy.Config(resume=str(folder)))
+    assert equal(folder, toy.main(toy.Config(out=str(tmp_path / "b"))).folder) and run.step == 50
+
+
+def test_killed_before_the_first_save(cfg, whole):
+    run = toy.main(cfg, stop=10)
+    for name in ("checkpoint", "metrics.csv", "returns.json"):
+        path = run.folder / name
+        path.rename(run.folder / "checkpoint.tmp") if path.is_dir() else path.unlink()
+    assert equal(resumed(run).folder, whole.folder)
+
+
+def test_conflicting_flags(cfg, monkeypatch):
+    run = toy.main(dataclasses.replace(cfg, num_seeds=3, gamma=0.5), stop=10)
+    for flags, words in (
+        (dict(gamma=0.9), "--gamma 0.9 conflicts with the resumed run's 0.5"),
+        (dict(tau=0.1), "--tau 0.1 conflicts with the resumed run's 0.9"),
+    ):
+        with pytest.raises(experiment.RunError, match=words):
+            resumed(run, **flags)
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--num-seeds=2"])  # the default, but asked for
+    with pytest.raises(experiment.RunError, match="--num-seeds 2 conflicts"):
+        resumed(run)
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--num-seeds", "3"])
+    same = dict(gamma=0.5, num_seeds=3, tau=0.9, out="elsewhere")
+    assert resumed(run, **same).step == 50
+
+
+def test_resume_what_is_no_run(cfg, tmp_path):
+    for folder, words in ((tmp_path / "nothing", "is no run folder"), (tmp_path, "No such file")):
+        with pytest.raises(experiment.RunError, match=words):
+            experiment.resolve(toy.Config(resume=str(folder)))
+    run = toy.main(cfg, stop=10)
+    path = run.folder / "config.json"
+    info = json.loads(path.read_text())
+    for change, words in (
+        ({"algorithm": "iql"}, "is a run of iql, not of toy"),
+        ({"dims": [1, 2]}, "is damaged"),
+        ({"config": {"env": "x", "bogus": 1}}, "unknown to this program: bogus"),
+    ):
+        path.write_text(json.dumps(info | change))
+        with pytest.raises(experiment.RunError, match=words):
+            resumed(run)
+    path.write_text("{")
+    with pytest.raises(experiment.RunError, match="is damaged"):
+        resumed(run)
+
+
+def test_resume_with_other_data(cfg, monkeypatch):
+    run = toy.main(cfg, stop=10)
+    data = dataclasses.replace(toy.dataset(cfg.env), provenance={"sha256": "1" * 64})
+    monkeypatch.setattr(toy, "dataset", lambda name: data)
+    with pytest.raises(experiment.RunError, match="is not the data"):
+        resumed(run)
+
+
+def test_finished_run_is_left_alone(whole, capsys):
+    files = [path for path in whole.folder.rglob("*") if path.is_file()]
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    resumed(whole)
+    assert "finished, nothing is left to do" in capsys.readouterr().out
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+    assert files == [path for path in whole.folder.rglob("*") if path.is_file()]
+
+
+# --- Checkpoints ---
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def edit(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def restep(path):
+    note = path.with_name("checkpoint.json")
+    note.write_text(note.read_text().replace('"step": 30', '"step": 40'))
+
+
+DAMAGES = [truncate, edit, restep, Path.unlink]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint(cfg, whole, capsys, damage):
+    run = toy.main(cfg, stop=30)
+    damage(run.folder / "checkpoint" / "state.msgpack")
+    assert equal(resumed(run).folder, whole.folder)
+    message = capsys.readouterr().err
+    assert "is damaged" in message and "Taking checkpoint.old, step 20" in message
+    assert (run.folder / "checkpoint.damaged").exists()
+
+
+def test_no_whole_checkpoint(cfg):
+    run = toy.main(cfg, stop=30)
+    for name in ("checkpoint", "checkpoint.old"):
+        truncate(run.folder / name / "state.msgpack")
+    before = rows(run.folder)
+    with pytest.raises(experiment.RunError, match="No whole checkpoint is left") as error:
+        resumed(run)
+    assert str(run.folder / "checkpoint.old") in str(error.value) and rows(run.folder) == before
+
+
+def test_killed_while_writing_a_checkpoint(tmp_path, monkeypatch):
+    """Stopped at each call that touches the disk: a whole checkpoint is there, old or new."""
+    states = [{"x": jnp.full(3, float(i))} for i in range(3)]
+
+    class Killed(BaseException):
+        pass
+
+    calls = [(Path, "mkdir"), (Path, "rename"), (Path, "replace"), (os, "fsync")]
+    originals = {(owner, name): getattr(owner, name) for owner, name in calls}
+    for deadline in range(20):
+        folder = tmp_path / str(deadline)
+        folder.mkdir()
+        for step in (1, 2):
+            checkpoint.save(folder, step, states[step - 1])
+        left = [deadline]
+
+        def counted(original, left=left):
+            def call(*args, **kwargs):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                return original(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for (owner, name), original in originals.items():
+                patch.setattr(owner, name, counted(original))
+            patch.setattr(checkpoint.shutil, "rmtree", lambda *a, **k: Killed)  # killed: no tidying
+            if deadline > 8:
+                patch.undo()
+            try:
+                checkpoint.save(folder, 3, states[2])
+                finished = True
+            except (Killed, OSError):
+                finished = False
+        step, saved = checkpoint.read(folder)
+        assert step in ((3,) if finished else (2, 3)) and (saved["x"] == step - 1).all()
+        checkpoint.save(folder, 4, states[0])  # and the next save works
+        assert checkpoint.read(folder)[0] == 4
+    assert finished
+
+
+def test_killed_between_the_renames(cfg, whole):
+    run = toy.main(cfg, stop=30)
+    (run.folder / "checkpoint.old").rename(run.folder / "x")
+    (run.folder / "checkpoint").rename(run.folder / "checkpoint.old")
+    (run.folder / "x").rename(run.folder / "checkpoint.tmp")
+    assert equal(resumed(run).folder, whole.folder)
+    assert not (run.folder / "checkpoint.tmp").exists()
+
+
+def test_disk_full(cfg, whole, monkeypatch):
+    run = toy.main(cfg, stop=20)
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save = checkpoint.save
+    for owner, name, value in (
+        (checkpoint, "save", lambda *args: full(0) if args[1] == 40 else save(*args)),
+        (checkpoint.os, "fsync", full),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            with pytest.raises(experiment.RunError, match="No space left on device") as error:
+                resumed(run)
+        assert "Saved up to step" in str(error.value) and "--resume" in str(error.value)
+    assert checkpoint.read(run.folder)[0] == 30
+    assert equal(resumed(run).folder, whole.folder)
+
+
+def test_output_folder_that_cannot_be(cfg, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(experiment.RunError, match="Cannot use .*file"):
+        toy.main(dataclasses.replace(cfg, out=str(tmp_path / "file")))
+
+
+def test_checkpoint_of_another_shape(tmp_path):
+    checkpoint.save(tmp_path, 1, {"a": {"x": jnp.zeros(3)}})
+    saved = checkpoint.read(tmp_path)[1]
+    for template, words in (
+        ({"a": {"x": jnp.zeros(4)}}, r"\['a'\]\['x'\] is float32\[3\], not float32\[4\]"),
+        ({"a": {"x": jnp.zeros(3, int)}}, "not int32"),
+        ({"a": {"y": jnp.zeros(3)}}, "does not fit"),
+        ({"a": jnp.zeros(3)}, "does not fit"),
+    ):
+        with pytest.raises(experiment.RunError, match=words):
+            checkpoint.fill(template, saved)
+
+
+# --- Recording ---
+
+
+def test_record_checks_its_arguments(cfg):
+    run = experiment.Run(cfg, toy.dataset(cfg.env))
+    step = next(run.steps())
+    with pytest.raises(ValueError, match="shape"):
+        run.record(step, {"loss": np.zeros(3)})
+    run.record(step, {"loss": np.zeros(2)})
+    with pytest.raises(ValueError, match="columns"):
+        run.record(step, {"loss": np.zeros(2), "new": np.zeros(2)})
+
+
+def test_not_finite_is_told_once(cfg, capsys):
+    run = experiment.Run(cfg, toy.dataset(cfg.env))
+    steps = run.steps()
+    for _ in range(2):
+        run.record(next(steps), {"loss": np.array([1, np.nan]), "q": np.array([np.inf, 1])})
+    text = capsys.readouterr().out
+    assert text.count("loss of seed 1 is not finite at step 10") == 1
+    assert text.count("q of seed 0") == 1 and text.count("Warning") == 2
+
+
+# --- Loading ---
+
+
+def test_load(whole, monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "PROJECT", tmp_path)
+    with pytest.raises(experiment.RunError, match="no algorithm 'toy'"):
+        experiment.load(whole.folder)
+    (tmp_path / "algorithms").symlink_to(Path(toy.__file__).parent)
+    module, cfg, state = experiment.load(whole.folder)
+    assert cfg == dataclasses.replace(whole.cfg) and module.act
+    saved = checkpoint.read(whole.folder)[1]
+    assert np.array_equal(state.x, saved["x"]) and state.count.tolist() == [50, 50]
+
+    obs = np.random.default_rng(0).normal(size=(7, 5))
+    policies = [experiment.load_policy(whole.folder, seed) for seed in (0, 1)]
+    actions = np.array([policy(obs) for policy in policies])
+    assert np.array_equal(actions, jax.vmap(module.act, (0, None))(state, jnp.float32(obs)))
+    assert policies[0](obs[0]).shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["../toy", "toy.py", "os", "", "toy/../toy"])
+def test_load_executes_nothing_else(cfg, name):
+    run = toy.main(cfg, stop=10)
+    path = run.folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"algorithm": name}))
+    with pytest.raises(experiment.RunError, match="no algorithm"):
+        experiment.load(run.folder)
+
+
+# --- Ctrl-C ---
+
+
+def start(tmp_path, *flags, delay=0.5):
+    command = [sys.executable, toy.__file__, "--out", str(tmp_path), "--delay", str(delay), *flags]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, **pipes)
+
+
+def wait_for(process, words):
+    text = ""
+    while words not in text:
+        line = process.stdout.readline()
+        assert line, text
+        text += line
+    return text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_ends_after_the_save(tmp_path, whole, number):
+    process = start(tmp_path, "--save-every", "50")
+    wait_for(process, "20/50")
+    process.send_signal(number)
+    text = wait_for(process, "Stopped. ")
+    assert process.wait(10) == 130 and "Traceback" not in text + process.stdout.read()
+    assert "Stopping when this chunk is done" in text and "Saved up to step 30" in text
+    (folder,) = tmp_path.glob("toy/*/*")
+    assert f"--resume {folder}" in text
+    again = toy.main(toy.Config(resume=str(folder), delay=0.5))
+    assert equal(again.folder, whole.folder)
+
+
+def test_second_interrupt_ends_at_once(tmp_path):
+    process = start(tmp_path, delay=5)
+    wait_for(process, "10/50")
+    process.send_signal(signal.SIGINT)
+    wait_for(process, "Stopping")
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    text = process.stdout.read()
+    assert process.wait(10) == 130 and time.monotonic() - begin < 3
+    assert "Stopped at once. Saved up to step 10." in text and "Traceback" not in text
+    (folder,) = tmp_path.glob("toy/*/*")
+    assert checkpoint.read(folder)[0] == 10
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    heard = []
+    with interrupt.heard(lambda: heard.append(1), lambda: heard.append(2)):
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+    assert heard == [1, 2, 2]
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
