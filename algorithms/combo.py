@@ -524,7 +524,9 @@ def main(cfg: Config):
     start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
     state = run.restore(start(fold(keys, 0), batch))
     if run.step == 0:
-        state = state.replace(dynamics=fit_dynamics(fold(keys, 0), batch, cfg, run.log))
+        known = (batch.done == 0) | (batch.next_obs != batch.obs).any(-1)  # see datasets.Batch
+        steps = jax.tree.map(lambda x: x[known], batch)
+        state = state.replace(dynamics=fit_dynamics(fold(keys, 0), steps, cfg, run.log))
     chunk = partial(train_chunk, cfg=cfg, terminal=terminal)
     chunk = jax.jit(jax.vmap(chunk, (0, None, 0)), donate_argnums=0)
     policy = jax.jit(jax.vmap(act))

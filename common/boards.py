@@ -1,6 +1,7 @@
 """Metrics for TensorBoard, and for Weights & Biases when asked."""
 
 import time
+from math import isfinite
 
 from common.checkpoint import RunError
 
@@ -23,7 +24,7 @@ class Boards:
             self.wandb = init(dir=str(folder), config=wandb, **options)
 
     def write(self, step, columns):
-        """columns: {name: (S,)}."""
+        """columns: {name: (S,)}; what is not finite leaves a gap."""
         from tensorboardX.event_file_writer import EventsWriter  # no thread, unlike SummaryWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar
@@ -37,7 +38,7 @@ class Boards:
             for writer in self.writers:
                 writer.write_event(Event(wall_time=time.time(), step=step, session_log=start))
         for i, (seed, writer) in enumerate(zip(self.seeds, self.writers, strict=True)):
-            values = {name: float(x[i]) for name, x in columns.items()}
+            values = {name: float(x[i]) for name, x in columns.items() if isfinite(x[i])}
             for name, value in values.items():
                 event = Event(wall_time=time.time(), step=step, summary=scalar(name, value))
                 writer.write_event(event)

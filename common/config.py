@@ -115,14 +115,17 @@ def module(name):
 
 def machine():
     """Versions, commit and device: what a run's bits depend on besides its config."""
-    versions = {x.name: x.version for x in metadata.distributions() if x.name in PACKAGES}
+    versions = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     git, commit = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40"], ""
     with suppress(OSError):
         git += ["--exclude=*", "--dirty=+changes"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {
-        "versions": {"python": sys.version.split()[0], **dict(sorted(versions.items()))},
+        "versions": versions,
         "commit": commit or None,
         "device": f"CPU, {os.cpu_count()} cores" if device.endswith("x cpu") else device,
     }

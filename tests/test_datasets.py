@@ -155,6 +155,16 @@ def test_actions_are_rescaled_from_the_environments_bounds(tmp_path):
         datasets.load(path)  # an unknown environment's are [-1, 1]
 
 
+def test_bounds_need_not_lie_around_zero():
+    """Columns in [0, 10] and [-3, -1]."""
+    env = layouts.Env("Some-v0", 1, np.float32([0, -3]), np.float32([10, -1]))
+    zeros, action = np.zeros((3, 1)), np.float32([[0, -3], [5, -1], [10, -2]])
+    flags = np.zeros(3, bool), np.array([False, False, True]), np.ones(3, bool)
+    rows = layouts.Rows(zeros, action, zeros[:, 0], zeros, *flags)
+    arrays, _ = datasets.flatten(rows, env)
+    assert arrays["action"].tolist() == [[-1, -1], [0, 1], [1, 0]]
+
+
 def test_unit_bounds_leave_actions_bit_for_bit(tmp_path):
     fields = steps(100, dim=11, act=3)
     fields["actions"][0] = 1e-12, -1, 1
@@ -328,6 +338,8 @@ def test_minari_layout_agrees_with_minari(minari_home):
     }.items():
         np.testing.assert_array_equal(getattr(data, field), np.concatenate(want), field)
     assert data.done.sum() == 6
+    with pytest.raises(DatasetError, match="is data of 'Pendulum-v1', not of --env-id Hopper-v5"):
+        datasets.load("own/pendulum/some-v0", "Hopper-v5")
     assert data.provenance["timeouts"] == 6
 
 
@@ -510,6 +522,25 @@ def test_no_network_minari(minari_home, monkeypatch):
     assert "http://127.0.0.1:9/farama/mujoco: no connection" in text
     assert str(minari_home) in text
     assert "metadata.json and main_data.hdf5" in text
+
+
+def test_minari_downloads(minari_home, monkeypatch):
+    """minari's own download is called, and what it raises becomes part of the one message."""
+    import minari
+
+    monkeypatch.setattr(sources, "probe", lambda urls: dict.fromkeys(urls, ""))
+    monkeypatch.setattr(minari, "download_dataset", lambda name, **_: 1 / 0)
+    with pytest.raises(
+        DatasetError, match="farama-minari/own: ZeroDivisionError: division by zero"
+    ):
+        datasets.load("own/pendulum/some-v0")
+    monkeypatch.setattr(minari, "download_dataset", lambda name, **_: None)
+    with pytest.raises(DatasetError, match="came without data/main_data.hdf5"):
+        datasets.load("own/pendulum/some-v0")
+    monkeypatch.setattr(minari, "download_dataset", lambda name, **_: make_minari(name))
+    data = datasets.load("own/pendulum/some-v0")
+    assert len(data.start) == 12
+    assert data.provenance["source"] == sources.MINARI_HOST + "own"
 
 
 def test_common_alone_says_where_the_bundled_data_is(home, tmp_path, monkeypatch):

@@ -1,0 +1,150 @@
+"""Finished runs -> one JSON each under benchmarks/results/runs, a table and a picture of them all.
+
+    python benchmarks/report.py runs/iql/... runs/cql/...   # adds these runs, then as below
+    python benchmarks/report.py                             # writes table.md and curves.png
+
+A run's JSON holds its command, config, commit, versions, device, curve and every return of its last
+evaluation. Intervals are 95 % bootstrap over seeds and episodes.
+"""
+
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))  # finds common/
+from common import curve  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Config:
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()  # run folders to add
+    results: str = str(ROOT / "benchmarks/results")  # where everything goes
+
+
+def collect(folder):
+    """What a run folder says of itself, as plain data."""
+    info = json.loads((folder / "config.json").read_text("utf-8"))
+    returns = json.loads((folder / "returns.json").read_text("utf-8"))
+    config, dataset = info["config"], info["dataset"]
+    if str(config["num_updates"]) not in returns:
+        raise SystemExit(f"{folder} has not finished: nothing at update {config['num_updates']:,}")
+    made = dataset["metadata"].get("stillwater", {})
+    words = [Path(info["command"][0]).name, *info["command"][1:]]
+    if "--out" in words:  # says nothing but where the run folder was
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    return {
+        "algorithm": info["algorithm"],
+        "dataset": dataset["name"],
+        "env_id": dataset["env_id"],
+        "command": "python algorithms/" + " ".join(words),
+        "config": {k: v for k, v in config.items() if k not in ("out", "resume", "wandb")},
+        **{k: info[k] for k in ("commit", "versions", "device")},
+        "data": {
+            **{k: dataset[k] for k in ("mean_return", "best_return", "sha256")},
+            "ref_min": dataset["ref_min_score"],
+            "ref_max": dataset["ref_max_score"],
+            "policy_return": made.get("medium_policy_return"),
+        },
+        "curve": {step: np.mean(x, 1).round(2).tolist() for step, x in returns.items()},
+        "returns": returns[str(config["num_updates"])],
+    }
+
+
+def title(run):
+    """The algorithm with the options that make it another one."""
+    config = run["config"]
+    if run["algorithm"] == "cql" and config["alpha"] == 0:
+        return "SAC (cql --alpha 0)"
+    plain = run["algorithm"] == "iql" and not config["normalize"]
+    return run["algorithm"].upper() + (" --no-normalize" if plain else "")
+
+
+def table(runs):
+    """Markdown: last evaluation against the data and against the policy that made it."""
+    names = [
+        "dataset",
+        "algorithm",
+        "updates",
+        "seeds x episodes",
+        "return [95 % interval]",
+        "score",
+    ]
+    names += ["data's mean return", "behaviour policy, sampled / greedy"]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for run in sorted(runs, key=lambda r: (r["dataset"], title(r))):
+        returns, data = np.array(run["returns"]), run["data"]
+        low, high = curve.interval(returns)
+        score = 100 * (returns.mean() - data["ref_min"]) / (data["ref_max"] - data["ref_min"])
+        policy = data["policy_return"]
+        cells = [
+            run["dataset"],
+            title(run),
+            f"{run['config']['num_updates']:,}",
+            "{} x {}".format(*returns.shape),
+            f"{returns.mean():.0f} [{low:.0f}, {high:.0f}]",
+            f"{score:.1f}",
+            f"{data['mean_return']:.0f}",
+            f"{policy['sampled']:.0f} / {policy['deterministic']:.0f}" if policy else "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(runs, path):
+    """A panel for each dataset: return against updates, mean of the seeds and their range."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    panels = defaultdict(list)
+    for run in runs:
+        panels[run["dataset"]].append(run)
+    colors = {name: f"C{i}" for i, name in enumerate(sorted({title(run) for run in runs}))}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False)
+    for axis, (dataset, group) in zip(axes[0], sorted(panels.items()), strict=True):
+        for run in sorted(group, key=title):
+            x, y = np.array([*map(int, run["curve"])]), np.array([*run["curve"].values()])
+            axis.plot(x, y.mean(1), color=colors[title(run)], lw=2, label=title(run))
+            axis.fill_between(x, y.min(1), y.max(1), color=colors[title(run)], alpha=0.15, lw=0)
+        data = group[0]["data"]
+        axis.axhline(data["mean_return"], color="0.3", ls="--", lw=1.2, label="data's mean")
+        if data["policy_return"]:
+            policy = data["policy_return"]["deterministic"]
+            axis.axhline(policy, color="0.3", ls=":", lw=1.2, label="behaviour policy, greedy")
+        axis.set(title=dataset, xlabel="gradient updates", xscale="log")
+        axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        axis.grid(color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, fontsize=8)
+    axes[0, 0].set_ylabel("return of an episode")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main(cfg: Config):
+    results = Path(cfg.results)
+    (results / "runs").mkdir(parents=True, exist_ok=True)
+    for folder in map(Path, cfg.runs):
+        run = collect(folder)
+        parts = run["algorithm"], run["dataset"].replace("/", "-"), folder.resolve().name
+        name = "-".join(parts) + ".json"
+        (results / "runs" / name).write_text(json.dumps(run, indent=1) + "\n", "utf-8")
+    runs = [json.loads(p.read_text("utf-8")) for p in sorted((results / "runs").glob("*.json"))]
+    if not runs:
+        raise SystemExit(f"no runs in {results / 'runs'}")
+    (results / "table.md").write_text(table(runs), "utf-8")
+    plot(runs, results / "curves.png")
+    print(table(runs), end="")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
