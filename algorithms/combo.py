@@ -512,8 +512,21 @@ def act(state, obs):
     return state.actor.apply_fn(state.actor.params, normalise(state, obs)).mode()
 
 
+def check(cfg):
+    """SystemExit where the sizes do not divide."""
+    if cfg.eval_every % min(cfg.rollout_every, cfg.eval_every):
+        raise SystemExit("--eval-every must be a multiple of --rollout-every, or below it.")
+    if cfg.rollout_batch % cfg.num_elites or not 1 <= cfg.num_elites <= cfg.num_members:
+        raise SystemExit("--num-elites must divide --rollout-batch, and be at most --num-members.")
+    if not 1 <= int(cfg.real_fraction * cfg.batch_size) < cfg.batch_size:
+        raise SystemExit("--real-fraction must leave rows of the data and of the model.")
+    if len(cfg.model_decay) != len(cfg.model_widths) + 1:
+        raise SystemExit("--model-decay needs one value more than --model-widths.")
+
+
 def main(cfg: Config):
     cfg = experiment.resolve(cfg, PAPER)  # --resume: the run's own config
+    check(cfg)
     data = datasets.load(cfg.env, cfg.env_id)
     terminal = evaluation.termination(data.env_id) if cfg.termination else never
     run = experiment.Run(cfg, data)

@@ -35,12 +35,14 @@ import gymnasium
 import h5py
 import jax
 import jax.numpy as jnp
+import minari
 import mujoco
 import numpy as np
 import optax
 import tyro
 from flax import serialization, struct
 from flax.training.train_state import TrainState
+from minari.data_collector import EpisodeBuffer
 
 # Returns that score 0 and 100, per environment: D4RL's (infos.py). Others are measured.
 REFERENCE = {
@@ -435,10 +437,8 @@ def export(cfg, env, rows, ref_min, ref_max, source, about):
     final = Path(cfg.out).resolve() / name
     temporary = final.with_name(f".{final.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
-    os.environ["MINARI_DATASETS_PATH"] = str(temporary)
     temporary.mkdir(parents=True)
-    import minari  # reads the variable above when it is imported
-    from minari.data_collector import EpisodeBuffer
+    os.environ["MINARI_DATASETS_PATH"] = str(temporary)  # where minari writes
 
     low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
     action = np.clip(low + (rows["action"] + 1) / 2 * (high - low), low, high).astype(np.float32)

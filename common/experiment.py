@@ -240,7 +240,8 @@ class Run:
         hours = total / speed / 3600
         if len(self._speeds) == 2 and hours > 0.5 and self._facts["device"].startswith("CPU"):
             self.log(f"On this CPU the whole run takes {hours:.1f} hours.")
-        self._status.update(f"Updates {step + 1:,} to {step + self.cfg.eval_every:,} ...")
+        next_ = f"Updates {step + 1:,} to {step + self.cfg.eval_every:,} ..."
+        self._status.update(next_ if step < total else "Saving ...")
 
     def save(self, step, state):
         """A checkpoint, the one before it kept; only every `cfg.save_every`, if there is one."""

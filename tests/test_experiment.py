@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import jax
@@ -396,47 +396,39 @@ def test_no_whole_checkpoint(cfg):
 
 
 def test_killed_while_writing_a_checkpoint(tmp_path, monkeypatch):
-    """Stopped at each call that touches the disk: a whole checkpoint is there, old or new."""
-    states = [{"x": jnp.full(3, float(i))} for i in range(3)]
+    """Stopped before each call that touches the disk: the checkpoint is whole, old or new."""
 
     class Killed(BaseException):
         pass
 
-    calls = [(Path, "mkdir"), (Path, "rename"), (Path, "replace"), (os, "fsync")]
-    originals = {(owner, name): getattr(owner, name) for owner, name in calls}
+    def deadly(original):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == -1:
+                raise Killed
+            return original(*args, **kwargs) if left[0] >= 0 else None  # the dead tidy nothing
+
+        return call
+
+    steps = set()
     for deadline in range(20):
-        folder = tmp_path / str(deadline)
+        folder, left = tmp_path / str(deadline), [deadline]
         folder.mkdir()
         for step in (1, 2):
-            checkpoint.save(folder, step, states[step - 1])
-        left = [deadline]
-
-        def counted(original, left=left):
-            def call(*args, **kwargs):
-                left[0] -= 1
-                if left[0] < 0:
-                    raise Killed
-                return original(*args, **kwargs)
-
-            return call
-
+            checkpoint.save(folder, step, {"x": jnp.full(3, step)})
         with monkeypatch.context() as patch:
-            for (owner, name), original in originals.items():
-                patch.setattr(owner, name, counted(original))
-            patch.setattr(checkpoint.shutil, "rmtree", lambda *a, **k: Killed)  # killed: no tidying
-            if deadline > 8:
-                patch.undo()
-            try:
-                checkpoint.save(folder, 3, states[2])
-                finished = True
-            except (Killed, OSError):
-                finished = False
+            names = [(Path, "mkdir"), (Path, "rename"), (Path, "replace"), (os, "fsync")]
+            for owner, name in [*names, (checkpoint.shutil, "rmtree")]:
+                patch.setattr(owner, name, deadly(getattr(owner, name)))
+            with suppress(Killed):
+                checkpoint.save(folder, 3, {"x": jnp.full(3, 3)})
         step, saved = checkpoint.read(folder)
-        assert step in ((3,) if finished else (2, 3))
-        assert (saved["x"] == step - 1).all()
-        checkpoint.save(folder, 4, states[0])  # and the next save works
+        steps.add((step, (folder / "checkpoint").exists()))
+        assert step == 3 if left[0] >= 0 else step in (2, 3)
+        assert (saved["x"] == step).all()
+        checkpoint.save(folder, 4, {"x": jnp.full(3, 4)})  # and the next save works
         assert checkpoint.read(folder)[0] == 4
-    assert finished
+    assert steps == {(2, True), (2, False), (3, True)}  # (2, False): between the two renames
 
 
 def test_killed_between_the_renames(cfg, whole):

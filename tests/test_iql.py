@@ -343,17 +343,15 @@ def test_a_seed_of_many_is_that_seed_alone(data):
         chex.assert_trees_all_close(mine, alone, rtol=1e-5, atol=1e-5)
     again = learned(*chunk(INIT(keys[2], data, CFG), data, keys[2], CFG))
     chex.assert_trees_all_equal(again, alone)
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), start.critic.params, many[0].critic.params)
-    assert min(jax.tree.leaves(moved)) > 0.01  # they learned
     bias = many[0].value.params["params"]["MLP_0"]["Dense_2"]["bias"]
-    assert len(np.unique(bias)) == 3  # and differ
+    assert len(np.unique(bias)) == 3 and np.abs(bias).min() > 1e-3  # they learned, and differ
 
 
 # --- A world with known values ---
 
-# Four states in a row and three actions. Action 0 stays and costs 0.3, action 1 goes one to the right
-# at no cost, action 2 jumps two and pays 0.1; entering the last state pays 1 and ends. The data jump
-# from state 1 and 2 but never from state 0, where it would be best. COUNTS[s, a] rows of each.
+# Four states in a row and three actions. Action 0 stays and costs 0.3, action 1 goes one to the
+# right at no cost, action 2 jumps two and pays 0.1; entering the last state pays 1 and ends. The data
+# jump from states 1 and 2 but never from 0, where it would be best. COUNTS[s, a] rows of each.
 COUNTS = np.array([[4, 3, 0], [4, 2, 2], [4, 3, 1]])
 GAMMA = 0.8
 
@@ -395,7 +393,7 @@ def test_value_lies_between_sarsas_and_the_best_in_the_data():
     rows = Batch(eye[s], eye[a][:, :3], reward, eye[to], to == 3)
     data = Batch(*(jnp.asarray(x, jnp.float32) for x in rows))
     cfg = iql.Config(
-        widths=(32,), batch_size=64, num_updates=10_000, eval_every=1500, lr=3e-3, polyak=0.05,
+        widths=(32,), batch_size=512, num_updates=10_000, eval_every=1500, lr=3e-3, polyak=0.05,
         gamma=GAMMA, normalize=False, beta=10.0,
     )  # fmt: skip
     start = INIT(KEY, data, cfg)
@@ -407,14 +405,15 @@ def test_value_lies_between_sarsas_and_the_best_in_the_data():
     state = jax.jit(jax.vmap(train))(jnp.asarray(taus))
     v = jax.vmap(lambda s: s.value.apply_fn(s.value.params, data.obs))(state)
     v = np.stack([v[:, np.argmax(s == i)] for i in range(3)], 1)  # (tau, state)
-    print(v, [fixed_point(lambda q: expectile(q, tau)) for tau in taus], best)
-    np.testing.assert_allclose(v[0], sarsa, atol=0.03)
+    np.testing.assert_allclose(v[0], sarsa, atol=0.05)
     for tau, value in zip(taus, v, strict=True):
         known = fixed_point(partial(expectile, tau=tau))
-        np.testing.assert_allclose(value, known, atol=0.03)
+        np.testing.assert_allclose(value, known, atol=0.05)
     np.testing.assert_allclose(v[-1], best, atol=0.05)
     assert np.all(np.diff(v, axis=0) > 0)  # in the order of tau
     assert np.all(v < best + 0.02)  # and nothing that the data do not show
 
-    action = jax.vmap(iql.act, (0, None))(state, jnp.asarray(eye[:3], jnp.float32))
-    print(action)
+    behaviour = COUNTS[1] / COUNTS[1].sum()
+    action = iql.act(jax.tree.map(lambda x: x[0], state), jnp.asarray(eye[1], jnp.float32))
+    assert action[0] < behaviour[0] - 0.1  # against SARSA's Q: less of what costs,
+    assert action[2] > behaviour[2] + 0.1  # more of what pays
