@@ -1,7 +1,7 @@
-"""Finished runs -> one JSON each under benchmarks/results/runs, a table and a picture of them all.
+"""Finished runs -> one JSON each under benchmarks/results/runs; of all of them, README's tables.
 
     python benchmarks/report.py runs/iql/... runs/cql/...   # adds these runs, then as below
-    python benchmarks/report.py                             # writes table.md and curves.png
+    python benchmarks/report.py                             # README's tables and curves.png
 
 A run's JSON holds its command, config, commit, versions, device, curve and every return of its last
 evaluation. Intervals are 95 % bootstrap over seeds and episodes.
@@ -97,6 +97,17 @@ def table(runs):
     return "\n".join(lines) + "\n"
 
 
+def value_table(rows):
+    """Markdown of values.py's numbers."""
+    names = ["dataset", "run", "updates", "Q, data's action", "true", "Q, policy's action", "true"]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in sorted(rows, key=lambda r: (r["dataset"], r["run"])):
+        numbers = [f"{row[k]:.1f}" for k in ("q_data", "true_data", "q_pi", "true_pi")]
+        cells = [row["dataset"], row["run"], f"{row['num_updates']:,}", *numbers]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(runs, path):
     """A panel for each dataset: return against updates, mean of the seeds and their range."""
     import matplotlib
@@ -141,9 +152,15 @@ def main(cfg: Config):
     runs = [json.loads(p.read_text("utf-8")) for p in sorted((results / "runs").glob("*.json"))]
     if not runs:
         raise SystemExit(f"no runs in {results / 'runs'}")
-    (results / "table.md").write_text(table(runs), "utf-8")
+    values = json.loads((results / "values.json").read_text("utf-8"))
     plot(runs, results / "curves.png")
-    print(table(runs), end="")
+    readme = ROOT / "README.md"
+    text = readme.read_text("utf-8")
+    for mark, content in (("scores", table(runs)), ("values", value_table(values))):
+        before, rest = text.split(f"<!-- {mark} -->\n")
+        after = rest.split(f"<!-- end of {mark} -->")[1]
+        text = f"{before}<!-- {mark} -->\n{content}<!-- end of {mark} -->{after}"
+    readme.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":

@@ -78,9 +78,10 @@ def measure(run, cfg):
     own_action = np.asarray(sample(obs, k_action)).clip(-1, 1)
     envs = [evaluation.make(data.env_id, max_episode_steps=cfg.horizon + 1) for _ in rows]
     true = partial(true_returns, envs, sample, obs, gamma=own.gamma, horizon=cfg.horizon)
+    name = Path(module.__file__).stem
     return {
-        "run": str(Path(run)),
-        "algorithm": module.__name__,
+        "run": "SAC (cql --alpha 0)" if getattr(own, "alpha", None) == 0 else name.upper(),
+        "folder": "/".join(Path(run).resolve().parts[-3:]),
         "dataset": own.env,
         "num_updates": own.num_updates,
         "q_data": float(jnp.mean(q(obs, action))),
@@ -92,11 +93,8 @@ def measure(run, cfg):
 
 def main(cfg: Config):
     rows = [measure(run, cfg) for run in cfg.runs]
-    names = ["algorithm", "dataset", "num_updates", "q_data", "true_data", "q_pi", "true_pi"]
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in rows:
-        cells = (f"{row[n]:.1f}" if isinstance(row[n], float) else str(row[n]) for n in names)
-        print("| " + " | ".join(cells) + " |")
+        print(", ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
     Path(cfg.out).write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -127,16 +127,14 @@ def test_replay_is_what_sac_saw_and_an_interrupted_run_goes_on(collect, small, m
     assert all(tuple(row) in seen for row in data.obs)
     assert data.provenance["metadata"]["stillwater"]["medium_policy_return"]["sampled"] < 0
 
+    collect.main(replace(small, kind="medium", num_steps=500))  # of the same SAC
+    data = load("stillwater/pendulum/medium-v0", monkeypatch)
+    assert data.length.tolist() == [200, 200, 100]
+    assert np.ptp(data.action) > 0.5  # sampled from an untrained policy
+    assert data.ref_max == -150
+
     with pytest.raises(SystemExit, match="other settings"):
         collect.main(replace(small, gamma=0.9))
-
-
-def test_medium_records_sampled_actions_of_the_kept_policy(collect, small, monkeypatch):
-    collect.main(replace(small, kind="medium", num_steps=500))
-    data = load("stillwater/pendulum/medium-v0", monkeypatch)
-    assert len(data.obs) == 500
-    assert np.ptp(data.action) > 0.5  # an untrained policy's noise
-    assert data.ref_max == -150
 
 
 def test_an_environment_without_a_reference_is_refused(collect):

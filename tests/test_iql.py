@@ -331,7 +331,8 @@ def test_a_seed_of_many_is_that_seed_alone(data):
     """100 updates of three seeds under vmap and of each alone; and a rerun, bit for bit."""
     chunk = jax.jit(iql.train_chunk, static_argnums=3)
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
-    start = jax.jit(jax.vmap(partial(iql.init, cfg=CFG), (0, None)))(keys, data)
+    start = [INIT(key, data, CFG) for key in keys]
+    start = jax.tree.map(lambda *x: jnp.stack(x), *start)
     many = jax.jit(jax.vmap(partial(iql.train_chunk, cfg=CFG), (0, None, 0)))(start, data, keys)
 
     def learned(state, metrics):
@@ -350,7 +351,7 @@ def test_a_seed_of_many_is_that_seed_alone(data):
 # --- A world with known values ---
 
 # Four states in a row and three actions. Action 0 stays and costs 0.3, action 1 goes one to the
-# right at no cost, action 2 jumps two and pays 0.1; entering the last state pays 1 and ends. The data
+# right at no cost, action 2 jumps two and pays 0.1; entering the last state pays 1 and ends. Data
 # jump from states 1 and 2 but never from 0, where it would be best. COUNTS[s, a] rows of each.
 COUNTS = np.array([[4, 3, 0], [4, 2, 2], [4, 3, 1]])
 GAMMA = 0.8
