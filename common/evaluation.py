@@ -79,8 +79,11 @@ def evaluate(policy, env_id, num_seeds, episodes, carry=None, seed=0):
     An episode that has ended is not stepped any more: there is no autoreset whose step could be
     counted, and the policy sees its last observation until the longest episode has ended. A seed
     with an action that is not finite has failed: its returns are all nan, the others go on.
-    Raises EvaluationError as `make`. Environments are kept and shared: not for several threads.
+    No episodes: an empty array, and no environment is made. Raises EvaluationError as `make`.
+    Environments are kept and shared: not for several threads.
     """
+    if episodes == 0:
+        return np.zeros((num_seeds, 0))
     return _rollout(policy, _pool(env_id, num_seeds * episodes), num_seeds, carry, seed)
 
 

@@ -69,6 +69,9 @@ class Run:
     """
 
     def __init__(self, cfg, data):
+        if cfg.eval_episodes and not data.env_id:
+            how = "name one with --env-id, or train unscored with --eval-episodes 0"
+            raise RunError(f"{data.name} has no environment to be scored on: {how}.")
         self.cfg, self.data, self.folder, self.step = cfg, data, Path(cfg.resume), 0
         self._console, self._lines, self._returns, self._warned = Console(), [], {}, set()
         self._seconds, self._speeds, self._stopping = 0.0, [], False

@@ -397,3 +397,8 @@ def test_hopper_is_really_drawn_where_the_machine_can(tmp_path):
     zeros = evaluation.stateless(lambda obs: np.zeros((1, 1, 3)))
     assert float(value) == evaluation.evaluate(zeros, "Hopper-v5", 1, 1)[0, 0]
     assert int(count) > 5 and float(contrast) > 10 and moves == "True"
+
+
+def test_no_episodes_need_no_environment():
+    """Data without an environment of Gymnasium can still be trained on."""
+    assert evaluation.evaluate(None, "", 3, 0).shape == (3, 0)

@@ -603,3 +603,12 @@ def test_handlers_are_put_back():
             time.sleep(0.05)
     assert heard == [1, 2, 2]
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_data_without_an_environment_is_refused_at_once(cfg):
+    """Not after the first chunk, hours later; unscored it is welcome."""
+    data = dataclasses.replace(toy.dataset(cfg.env), env_id="")
+    with pytest.raises(experiment.RunError, match="--eval-episodes 0"):
+        experiment.Run(cfg, data)
+    assert not list(Path(cfg.out).rglob("config.json"))
+    experiment.Run(dataclasses.replace(cfg, eval_episodes=0), data)

@@ -1,0 +1,86 @@
+"""The README's tables are what the committed results say, and its commands exist."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+RESULTS = ROOT / "benchmarks/results"
+
+
+def benchmark(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def section(mark):
+    return README.split(f"<!-- {mark} -->\n")[1].split(f"<!-- end of {mark} -->")[0]
+
+
+def test_the_readmes_tables_are_the_results():
+    report = benchmark("report")
+    runs = [json.loads(p.read_text("utf-8")) for p in sorted((RESULTS / "runs").glob("*.json"))]
+    assert section("scores") == report.table(runs)
+    values = json.loads((RESULTS / "values.json").read_text("utf-8"))
+    assert section("values") == report.value_table(values)
+
+
+@pytest.mark.parametrize("path", sorted((RESULTS / "runs").glob("*.json")), ids=lambda p: p.stem)
+def test_a_result_can_be_traced(path):
+    """Command, commit and versions; the last point of the curve is the mean of the returns."""
+    run = json.loads(path.read_text("utf-8"))
+    assert re.fullmatch(r"python algorithms/\w+\.py.*", run["command"])
+    assert re.fullmatch(r"[0-9a-f]{40}", run["commit"])
+    assert {"jax", "gymnasium", "mujoco"} <= run["versions"].keys()
+    last = run["curve"][str(run["config"]["num_updates"])]
+    np.testing.assert_allclose(last, np.mean(run["returns"], 1), atol=0.01)
+
+
+def test_a_runs_numbers_in_the_table(tmp_path):
+    """Two seeds of two episodes: 10, 20, 30, 40; 0 and 100 score 0 and 100."""
+    folder = tmp_path / "runs/iql/a/1"
+    folder.mkdir(parents=True)
+    info = {
+        "algorithm": "iql",
+        "command": ["algorithms/iql.py", "--out", "x", "--seed", "1"],
+        "config": {"num_updates": 5, "normalize": True, "out": "x", "resume": "", "wandb": False},
+        "dataset": {
+            **{"name": "n", "env_id": "E", "metadata": {}, "sha256": "0", "mean_return": 5.0},
+            **{"best_return": 9.0, "ref_min_score": 0.0, "ref_max_score": 100.0},
+        },
+        **{"commit": "0" * 40, "versions": {}, "device": "CPU"},
+    }
+    (folder / "config.json").write_text(json.dumps(info))
+    (folder / "returns.json").write_text(json.dumps({"5": [[10.0, 20.0], [30.0, 40.0]]}))
+    report = benchmark("report")
+    run = report.collect(folder)
+    assert run["command"] == "python algorithms/iql.py --seed 1"
+    assert run["curve"] == {"5": [15.0, 35.0]}
+    cells = [cell.strip() for cell in report.table([run]).splitlines()[2].strip("|").split("|")]
+    assert cells[:4] == ["n", "IQL", "5", "2 x 2"]
+    assert cells[4].startswith("25 [")
+    low, high = map(int, re.findall(r"\d+", cells[4])[1:])
+    assert 10 <= low < 25 < high <= 40
+    assert cells[5:7] == ["25.0", "5"]
+
+    info["config"]["num_updates"] = 6
+    (folder / "config.json").write_text(json.dumps(info))
+    with pytest.raises(SystemExit, match="not finished"):
+        report.collect(folder)
+
+
+def test_the_readmes_files_exist():
+    for path in re.findall(r"\]\(((?:algorithms|benchmarks|common)[^)]*)\)", README):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"python ((?:algorithms|benchmarks)/\w+\.py)", README):
+        assert (ROOT / path).exists(), path
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.M), target
