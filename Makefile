@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CUDA ?=
-# `make run` is a short COMBO; a file's own default is the paper's million updates.
-RUN ?= --num-updates 8000 --eval-every 1000
+# `make run` is a COMBO cut to fit two cores; a file's own defaults are the paper's million updates.
+RUN ?= --num-updates 20000 --eval-every 1000 --max-epochs 25 --actor-lr 3e-4 --rho model \
+	--widths 256 256
 
 .DEFAULT_GOAL := help
 .PHONY: help install run test test-slow lint
@@ -20,7 +21,7 @@ $(BIN)/.installed: requirements.txt
 	$(if $(CUDA),$(BIN)/python -m pip install --quiet "jax[cuda$(CUDA)]==$$(sed -n 's/^jax==//p' requirements.txt)")
 	touch $@
 
-run: install  ## train COMBO on a bundled dataset, some ten minutes on two cores
+run: install  ## train COMBO on a bundled dataset, ten minutes or so on two cores
 	$(BIN)/python algorithms/combo.py $(RUN)
 
 test: install  ## the fast tests

@@ -172,6 +172,7 @@ def film(policy, env_id, path, episodes=1, carry=None, seed=0):
     Raises EvaluationError as `make`, for other kinds of file, and where nothing can be drawn.
     """
     import imageio.v2 as imageio
+    import mujoco
 
     path = Path(path)
     if path.suffix not in (".mp4", ".gif"):
@@ -179,6 +180,8 @@ def film(policy, env_id, path, episodes=1, carry=None, seed=0):
     env = make(env_id, render_mode="rgb_array")
     if model := getattr(env.unwrapped, "model", None):
         model.vis.quality.shadowsize = 0  # MuJoCo's shadows triple the time and leave blotches
+        follow = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # or -1: none
+        env.unwrapped.mujoco_renderer.camera_id = follow
     try:
         env.reset(seed=seed)
         env.render()

@@ -245,7 +245,9 @@ def test_std_is_clipped(shift, log_std, state, batch):
 
 def test_acting_takes_the_mode_of_normalised_observations(fresh, data):
     mean, std = np.mean(data.obs, 0), np.std(data.obs, 0) + 1e-3
-    obs, next_obs = ((f64(x) - mean) / std for x in (data.obs, data.next_obs))
+    obs, next_obs = (
+        (f64(x) - np.float64(mean)) / np.float64(std) for x in (data.obs, data.next_obs)
+    )
     expected = np.tanh(gaussian64(f64(fresh.actor.params), obs)[0])
     np.testing.assert_allclose(cql.act(fresh, data.obs), expected, rtol=1e-4, atol=1e-5)
     batch = cql.minibatch(fresh, data, jnp.array([3, 3, 8]))
@@ -504,12 +506,12 @@ def test_a_seed_of_many_is_that_seed_alone(data):
 # --- A world known in full ---
 
 # Two steps. In the first state any action pays nothing; in the second, action a pays reward(a) and
-# ends. The data's actions lie in [-0.3, 0.3], where reward(a) = a; beyond 0.3, which the data never
-# show, the reward falls steeply. Whoever prolongs the data's line believes in a = 1.
+# ends. The data's actions lie in [-0.3, 0.3], where reward(a) = 5 a; beyond 0.3, where they never
+# go, the reward falls steeply. Whoever prolongs the data's line believes in a = 1.
 
 
 def reward(action):
-    return np.where(action < 0.3, action, 0.3 - 3 * (action - 0.3))
+    return np.where(action < 0.3, 5 * action, 1.5 - 15 * (action - 0.3))
 
 
 @pytest.fixture(scope="module")
@@ -549,7 +551,6 @@ def values(state):
 
 def test_value_lies_below_the_true_one_where_naive_sac_lies_above(trained):
     (naive, naive_true), (ours, true) = map(values, trained)
-    print(naive, naive_true, ours, true)
     assert np.all(ours < true)
     assert np.all(naive > naive_true + 0.3)
     assert np.all(true > naive_true + 0.3)  # and its policy is the better one
@@ -563,6 +564,5 @@ def test_actions_outside_the_data_are_worth_less(trained):
 
     inside, outside = np.linspace(-0.25, 0.25, 11), np.array([-0.9, -0.7, 0.7, 0.9])
     naive, ours = trained
-    print(q(ours, inside), q(ours, outside), q(naive, inside), q(naive, outside))
     assert np.all(q(ours, outside).max(1) < q(ours, inside).min(1))
     assert np.all(q(naive, outside).max(1)[:, 1] > q(naive, inside).max(1)[:, 1])
