@@ -1,4 +1,4 @@
-"""Lets a test `import combo`: algorithms/ is on the path, and distrax is imported once, in peace."""
+"""Lets a test `import combo`, and imports distrax once, in peace."""
 
 import sys
 import warnings

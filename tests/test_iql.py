@@ -344,6 +344,8 @@ def test_a_seed_of_many_is_that_seed_alone(data):
         chex.assert_trees_all_close(mine, alone, rtol=1e-5, atol=1e-5)
     again = learned(*chunk(INIT(keys[2], data, CFG), data, keys[2], CFG))
     chex.assert_trees_all_equal(again, alone)
+    other = learned(*chunk(INIT(keys[2], data, CFG), data, keys[0], CFG))
+    assert other[-1]["value_loss"] != alone[-1]["value_loss"]  # another key draws other rows
     bias = many[0].value.params["params"]["MLP_0"]["Dense_2"]["bias"]
     assert len(np.unique(bias)) == 3 and np.abs(bias).min() > 1e-3  # they learned, and differ
 
