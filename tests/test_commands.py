@@ -66,8 +66,6 @@ def test_every_flag_parses(name):
     module = importlib.import_module(name)
     for field in dataclasses.fields(module.Config):
         flag, value = "--" + field.name.replace("_", "-"), field.default
-        options = tyro.extras.get_parser(module.Config).format_help()
-        assert flag in options or f"--no-{flag[2:]}" in options
         kind = str(field.type)
         if value is True or (value is None and "bool" in kind):
             words, expected = ["--no-" + flag[2:]], False
