@@ -62,8 +62,10 @@ def title(run):
     config = run["config"]
     if run["algorithm"] == "cql" and config["alpha"] == 0:
         return "SAC (cql --alpha 0)"
-    plain = run["algorithm"] == "iql" and not config["normalize"]
-    return run["algorithm"].upper() + (" --no-normalize" if plain else "")
+    name = run["algorithm"].upper()
+    if run["algorithm"] == "iql" and not config["normalize"]:
+        name += " --no-normalize"
+    return name + (f", beta {config['beta']:g}" if run["algorithm"] == "combo" else "")
 
 
 def table(runs):
@@ -119,7 +121,7 @@ def plot(runs, path):
     for run in runs:
         panels[run["dataset"]].append(run)
     colors = {name: f"C{i}" for i, name in enumerate(sorted({title(run) for run in runs}))}
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.2 * len(panels), 3.8), squeeze=False)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.4), squeeze=False)
     for axis, (dataset, group) in zip(axes[0], sorted(panels.items()), strict=True):
         for run in sorted(group, key=title):
             x, y = np.array([*map(int, run["curve"])]), np.array([*run["curve"].values()])
@@ -134,7 +136,8 @@ def plot(runs, path):
         axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         axis.grid(color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8)
+        below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+        axis.legend(frameon=False, fontsize=8, **below)
     axes[0, 0].set_ylabel("return of an episode")
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -78,9 +78,13 @@ def measure(run, cfg):
     own_action = np.asarray(sample(obs, k_action)).clip(-1, 1)
     envs = [evaluation.make(data.env_id, max_episode_steps=cfg.horizon + 1) for _ in rows]
     true = partial(true_returns, envs, sample, obs, gamma=own.gamma, horizon=cfg.horizon)
-    name = Path(module.__file__).stem
+    title = Path(module.__file__).stem.upper()
+    if title == "CQL" and own.alpha == 0:
+        title = "SAC (cql --alpha 0)"
+    if title == "COMBO":
+        title += f", beta {own.beta:g}"
     return {
-        "run": "SAC (cql --alpha 0)" if getattr(own, "alpha", None) == 0 else name.upper(),
+        "run": title,
         "folder": "/".join(Path(run).resolve().parts[-3:]),
         "dataset": own.env,
         "num_updates": own.num_updates,
