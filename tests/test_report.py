@@ -82,5 +82,5 @@ def test_the_readmes_files_exist():
     for path in re.findall(r"python ((?:algorithms|benchmarks)/\w+\.py)", README):
         assert (ROOT / path).exists(), path
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    for target in re.findall(r"`?make ([a-z-]+)", README):
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
