@@ -20,7 +20,9 @@ pi(. | s'), for each critic by itself. Settings of the trusted port, OfflineRL-K
 (github.com/yihaosun1124/OfflineRL-Kit): both squared errors whole, not halved; the target without
 entropy. Differs from it: the log-sum-exp runs over all 30 actions (a reshape lost there leaves 3);
 each member of the model has its own bounds of the variance; each elite serves an equal share of a
-rollout's rows, drawn anew at each step; LeCun instead of PyTorch's initialisation.
+rollout's rows, drawn anew at each step; the critics' targets take the policy from before its step;
+`--max-backup` has the smaller critic first, then the best action; a model's epoch drops its last,
+partial minibatch; LeCun instead of PyTorch's initialisation.
 """
 
 import math
