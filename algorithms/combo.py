@@ -544,12 +544,13 @@ def main(cfg: Config):
         state = state.replace(dynamics=fit_dynamics(fold(keys, 0), steps, cfg, run.log))
     chunk = partial(train_chunk, cfg=cfg, terminal=terminal)
     chunk = jax.jit(jax.vmap(chunk, (0, None, 0)), donate_argnums=0)
-    policy = jax.jit(jax.vmap(act))
+    policy = jax.jit(jax.vmap(evaluation.stateless(act), (0, 0, 0, 0, None)))
 
     for step in run.steps():  # eval_every, 2 eval_every, ..., num_updates
         state, metrics = chunk(state, batch, fold(keys, step))
-        greedy = evaluation.stateless(partial(policy, state))
-        returns = evaluation.evaluate(greedy, data.env_id, cfg.num_seeds, cfg.eval_episodes)
+        returns = evaluation.evaluate(
+            partial(policy, state), data.env_id, cfg.num_seeds, cfg.eval_episodes
+        )
         run.record(step, metrics, returns)
         run.save(step, state)
     run.finish()

@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -45,6 +46,32 @@ class Batch(NamedTuple):
     reward: np.ndarray  # (N,)
     next_obs: np.ndarray  # (N, D) never of another episode
     done: np.ndarray  # (N,) 1 at true terminals, 0 at time limits
+
+
+class Steps(NamedTuple):
+    """The N rows in their order, for models of sequences; see `windows`."""
+
+    obs: np.ndarray  # (N, D)
+    action: np.ndarray  # (N, A) in [-1, 1]
+    reward: np.ndarray  # (N,)
+    done: np.ndarray  # (N,) 1 at true terminals, 0 at time limits
+    time: np.ndarray  # (N,) int32, steps since the episode's start
+    end: np.ndarray  # (N,) int32, the row after the episode's last
+    to_go: np.ndarray  # (N,) sum of gamma^k reward from this row to the episode's end
+
+
+def windows(rows, end, size, left=False):
+    """The `size` steps from each of `rows` (...) on, but not beyond the episode: for use in jit.
+
+    end: Steps.end. Returns (index (..., size) int32 into the rows, mask (..., size) bool). What
+    an episode's end cuts off is padded, on the right or the `left`: mask is False there, and index
+    is that of the window's nearest step. Rows drawn uniformly draw episodes by their length.
+    """
+    rows = jnp.asarray(rows)[..., None]
+    missing = jnp.maximum(rows + size - end[rows], 0)
+    index = rows + jnp.arange(size, dtype=jnp.int32) - (missing if left else 0)
+    mask = (index >= rows) & (index < end[rows])
+    return index.clip(rows, end[rows] - 1), mask
 
 
 @dataclass(frozen=True)
@@ -70,6 +97,19 @@ class Dataset:
         spread = float(np.ptp(self.returns())) if scale_reward else 0.0
         reward = self.reward * np.float32(1000 / spread) if spread > 0 else self.reward
         return Batch(self.obs, self.action, reward, self.next_obs, self.done)
+
+    def steps(self, gamma=1.0, at_end=0.0) -> Steps:
+        """All rows. at_end: added to the reward of true terminals, in `to_go` alone."""
+        to_go = self.reward.astype(np.float64) + at_end * self.done
+        for t in reversed(range(self.length.max() - 1)):  # every episode's step t at once
+            rows = self.start[self.length > t + 1] + t
+            to_go[rows] += gamma * to_go[rows + 1]
+        start, length = (np.repeat(x, self.length) for x in (self.start, self.length))
+        time, end = np.arange(len(start)) - start, start + length
+        return Steps(
+            self.obs, self.action, self.reward, self.done,
+            time.astype(np.int32), end.astype(np.int32), to_go.astype(np.float32),
+        )  # fmt: skip
 
     def returns(self) -> np.ndarray:
         """(E,) float64 undiscounted return of each episode."""

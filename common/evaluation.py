@@ -60,19 +60,21 @@ def _pool(env_id, count):
     return [make(env_id) for _ in range(count)]
 
 
-def stateless(policy):
-    """A policy without memory, obs (S, E, D) -> action (S, E, A), in the form `evaluate` takes."""
-    return lambda carry, obs, reward, key: (policy(obs), carry)
+def stateless(act):
+    """act(state, obs) -> action, without memory, as (state, carry, obs, reward, key) -> (action,
+    carry), the form of those that have one."""
+    return lambda state, carry, obs, reward, key: (act(state, obs), carry)
 
 
-def evaluate(policy, env_id, num_seeds, episodes, carry=None, seed=0):
+def evaluate(policy, env_id, num_seeds, episodes, seed=0):
     """Undiscounted returns of whole episodes, (num_seeds, episodes) float64.
 
     policy: (carry, obs (S, E, D), reward (S, E), key) -> (action (S, E, A), carry) for S seeds and
-        E episodes. Called once per time step, always with these shapes in float32, so a jitted one
-        compiles once. reward is what the action before earned, 0 at first; key is
-        fold_in(key(seed), time step). Actions are clipped to [-1, 1].
-    carry: the policy's memory at the first step, any pytree.
+        E episodes, which all begin together. Called once per time step, always with these shapes
+        in float32. carry is the policy's own memory, any pytree: None at the first step, then what
+        it returned (so a jitted one with memory compiles twice, one without it once). reward is
+        what the action before earned, 0 at first; key is fold_in(key(seed), time step). Actions
+        are clipped to [-1, 1].
     seed: episode j of every policy seed is reset with environment seed `seed + j`: all seeds and
         all evaluations meet the same starts.
 
@@ -84,18 +86,18 @@ def evaluate(policy, env_id, num_seeds, episodes, carry=None, seed=0):
     """
     if episodes == 0:
         return np.zeros((num_seeds, 0))
-    return _rollout(policy, _pool(env_id, num_seeds * episodes), num_seeds, carry, seed)
+    return _rollout(policy, _pool(env_id, num_seeds * episodes), num_seeds, seed)
 
 
 _fold_in = jax.jit(jax.random.fold_in)  # compiled at its first call
 
 
-def _rollout(policy, envs, num_seeds, carry, seed):
+def _rollout(policy, envs, num_seeds, seed):
     """`evaluate` in given environments; episode j of seed s is row s * E + j."""
     rows, shape = len(envs), (num_seeds, len(envs) // num_seeds)
     start = [env.reset(seed=seed + i % shape[1])[0] for i, env in enumerate(envs)]
     obs, reward, returns = np.float32(start), np.zeros(rows, np.float32), np.zeros(rows)
-    key, active = jax.random.key(seed), range(rows)
+    key, carry, active = jax.random.key(seed), None, range(rows)
     for t in itertools.count():
         inputs = obs.reshape(*shape, -1), reward.reshape(shape), _fold_in(key, t)
         action, carry = policy(carry, *inputs)
@@ -165,10 +167,10 @@ def termination(env_id):
 _ADVICE = "On Debian or Ubuntu `apt-get install libegl1 libgl1-mesa-dri` (or libosmesa6) helps."
 
 
-def film(policy, env_id, path, episodes=1, carry=None, seed=0):
+def film(policy, env_id, path, episodes=1, seed=0):
     """Write whole episodes of one policy to an .mp4 or .gif file; its returns, (episodes,) float64.
 
-    policy, carry, seed: as in `evaluate`, with S = E = 1. Shown in simulated time, at about 30 Hz.
+    policy, seed: as in `evaluate`, with S = E = 1. Shown in simulated time, at about 30 Hz.
     Raises EvaluationError as `make`, for other kinds of file, and where nothing can be drawn.
     """
     import imageio.v2 as imageio
@@ -200,7 +202,7 @@ def film(policy, env_id, path, episodes=1, carry=None, seed=0):
             return policy(*inputs)
 
         starts = range(seed, seed + episodes)
-        return np.array([_rollout(watched, [env], 1, carry, start)[0, 0] for start in starts])
+        return np.array([_rollout(watched, [env], 1, start)[0, 0] for start in starts])
 
 
 def _choose_renderer():
@@ -228,14 +230,15 @@ def main(run: tyro.conf.Positional[Path], video: Path, episodes: int = 1, seed: 
         seed: which of the run's seeds, counted from 0
     """
     _choose_renderer()
-    from common import experiment
+    from common import experiment, policy
 
     module, cfg, state = experiment.load(run)
     if not 0 <= seed < cfg.num_seeds:
         raise EvaluationError(f"{run} holds seeds 0 to {cfg.num_seeds - 1}, counted from 0.")
     env_id = json.loads((run / "config.json").read_text())["dataset"]["env_id"]
-    policy = functools.partial(jax.jit(module.act), jax.tree.map(lambda x: x[seed], state))
-    returns = film(stateless(policy), env_id, video, episodes)
+    act = jax.jit(jax.vmap(policy.pure(module, cfg), (0, 0, 0, 0, None)))
+    act = functools.partial(act, jax.tree.map(lambda x: x[seed : seed + 1], state))
+    returns = film(act, env_id, video, episodes)
     print(f"{video}: {env_id}, return {', '.join(f'{r:.1f}' for r in returns)}")
 
 

@@ -33,6 +33,7 @@ from common.boards import Boards
 from common.checkpoint import RunError
 from common.config import resolve
 from common.datasets import Batch
+from common.policy import Policy, pure
 
 __all__ = ["Run", "RunError", "TIMING", "load", "load_policy", "resolve"]
 
@@ -56,10 +57,9 @@ def load(run):
 
 
 def load_policy(run, seed_index=0):
-    """obs (..., D) -> action (..., A) in [-1, 1], numpy: the policy of one seed of a run."""
-    module, _, state = load(run)
-    act, state = jax.jit(module.act), jax.tree.map(lambda x: x[seed_index], state)
-    return lambda obs: np.asarray(act(state, jnp.asarray(obs, jnp.float32)))
+    """The Policy of one seed of a run: action = policy(obs); policy.reset() begins an episode."""
+    module, cfg, state = load(run)
+    return Policy(pure(module, cfg), jax.tree.map(lambda x: x[seed_index], state))
 
 
 class Run:

@@ -23,6 +23,11 @@ from common import evaluation  # noqa: E402
 SIZES = {"Hopper-v5": (11, 3), "Pendulum-v1": (3, 1), "HalfCheetah-v5": (17, 6)}
 
 
+def memoryless(policy):
+    """policy(obs) in the form that `evaluate` takes."""
+    return partial(evaluation.stateless(lambda state, obs: policy(obs)), None)
+
+
 def linear(env_id, num_seeds, scale=1.0):
     """A jitted linear policy per seed: weights (S, D, A), act(weights, obs (S, E, D))."""
     weights = scale * jax.random.normal(jax.random.key(3), (num_seeds, *SIZES[env_id]))
@@ -45,7 +50,7 @@ def by_hand(policy, env_id, seed, rescale=1.0):
 def test_returns_are_those_of_single_environments(env_id, rescale):
     """Hopper falls early, at a different step in every episode; Pendulum's actions are in +-2."""
     weights, act = linear(env_id, 2)
-    returns = evaluation.evaluate(evaluation.stateless(partial(act, weights)), env_id, 2, 3, seed=5)
+    returns = evaluation.evaluate(memoryless(partial(act, weights)), env_id, 2, 3, seed=5)
     assert returns.shape == (2, 3) and returns.dtype == np.float64
     lengths = []
     for s, j in np.ndindex(2, 3):
@@ -89,7 +94,7 @@ def countdown():
 
 
 def test_nothing_is_counted_or_stepped_after_the_end(countdown):
-    zeros = evaluation.stateless(lambda obs: np.zeros((2, 4, 1)))
+    zeros = memoryless(lambda obs: np.zeros((2, 4, 1)))
     for _ in range(2):  # a second evaluation begins from resets, not where the first one stopped
         returns = evaluation.evaluate(zeros, countdown, 2, 4)
         np.testing.assert_array_equal(returns, [[3, 4, 5, 5]] * 2)  # the last one by the time limit
@@ -100,11 +105,11 @@ def test_memory_policy_sees_the_reward_of_the_action_before(countdown):
     seen = []
 
     def policy(carry, obs, reward, key):
-        count, total = carry
+        count, total = (0, jnp.zeros((1, 2))) if carry is None else carry
         seen.append((np.array(obs), np.array(reward), jax.random.key_data(key).tolist()))
         return jnp.full((1, 2, 1), count / 10), (count + 1, total + reward)
 
-    evaluation.evaluate(policy, countdown, 1, 2, (0, jnp.zeros((1, 2))), seed=1)  # 4 and 5 steps
+    evaluation.evaluate(policy, countdown, 1, 2, seed=1)  # 4 and 5 steps
     obs, reward, keys = zip(*seen, strict=True)
     np.testing.assert_array_equal(np.array(reward)[:, 0, 0], [0, 1, 1, 1, 1])
     np.testing.assert_array_equal(np.array(obs)[:, 0, 0, 0], [4, 3, 2, 1, 0])
@@ -131,7 +136,7 @@ def test_seeds_do_not_touch_each_other_and_reruns_are_equal():
     weights, act = linear("Hopper-v5", 3)
 
     def returns(weights):
-        policy = evaluation.stateless(partial(act, weights))
+        policy = memoryless(partial(act, weights))
         return evaluation.evaluate(policy, "Hopper-v5", 3, 2)
 
     first = returns(weights)
@@ -168,7 +173,7 @@ def test_a_failed_seed_is_nan_and_the_others_go_on(countdown, wrong):
         action[1, 0] = np.where(obs[1, 0, 0] > 1, 0, wrong)  # fails before its last step
         return action
 
-    returns = evaluation.evaluate(evaluation.stateless(policy), countdown, 3, 2)
+    returns = evaluation.evaluate(memoryless(policy), countdown, 3, 2)
     np.testing.assert_array_equal(returns, [[3, 4], [np.nan, np.nan], [3, 4]])
 
 
@@ -176,7 +181,7 @@ def test_a_policy_may_be_undefined_after_the_end(countdown):
     def policy(obs):
         return np.where(obs[..., :1] > 0, 0, np.nan)
 
-    returns = evaluation.evaluate(evaluation.stateless(policy), countdown, 1, 3)
+    returns = evaluation.evaluate(memoryless(policy), countdown, 1, 3)
     np.testing.assert_array_equal(returns, [[3, 4, 5]])
 
 
@@ -323,7 +328,7 @@ def drawn():
 
 def test_film_shows_the_evaluated_episodes(drawn, tmp_path):
     path = tmp_path / "new" / "film.gif"
-    zeros = evaluation.stateless(lambda obs: np.zeros_like(obs[..., :1]))
+    zeros = memoryless(lambda obs: np.zeros_like(obs[..., :1]))
     returns = evaluation.film(zeros, drawn, path, episodes=4)
     np.testing.assert_array_equal(returns, evaluation.evaluate(zeros, drawn, 1, 4)[0])
     evaluation._pool.cache_clear()
@@ -378,7 +383,7 @@ import imageio.v2 as imageio, numpy as np
 from common import evaluation
 
 evaluation._choose_renderer()
-policy = evaluation.stateless(lambda obs: np.zeros((1, 1, 3)))
+policy = lambda carry, obs, reward, key: (np.zeros((1, 1, 3)), carry)
 print(evaluation.film(policy, "Hopper-v5", sys.argv[1])[0])
 with imageio.get_reader(sys.argv[1]) as video:
     frames = np.array([frame for frame in video])
@@ -394,7 +399,7 @@ def test_hopper_is_really_drawn_where_the_machine_can(tmp_path):
         pytest.skip(done.stderr)
     assert done.returncode == 0, done.stderr
     value, count, contrast, moves = done.stdout.split()
-    zeros = evaluation.stateless(lambda obs: np.zeros((1, 1, 3)))
+    zeros = memoryless(lambda obs: np.zeros((1, 1, 3)))
     assert float(value) == evaluation.evaluate(zeros, "Hopper-v5", 1, 1)[0, 0]
     assert int(count) > 5 and float(contrast) > 10 and moves == "True"
 
