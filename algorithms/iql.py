@@ -53,11 +53,12 @@ class Config:
     wandb: bool = False  # also log to Weights & Biases
     batch_size: int = 256  # transitions per gradient step
     gamma: float = 0.99  # discount
-    lr: float = 3e-4  # Adam; the actor's decays to 0 by a cosine
+    lr: float = 3e-4  # Adam
     polyak: float = 0.005  # step of the target network
     widths: tuple[int, ...] = (256, 256)  # hidden layers of every network
     normalize: bool = True  # standardise observations
     # --- IQL ---
+    lr_decay: bool = True  # let the actor's learning rate fall to 0 by a cosine
     tau: float | None = None  # expectile, Eq. (5); None: PAPER, else 0.7
     beta: float | None = None  # inverse temperature, Eq. (7); None: PAPER, else 3
     max_weight: float = 100.0  # clip of the exponential in Eq. (7)
@@ -126,7 +127,7 @@ def init(key, data, cfg):
     actor = Actor(cfg.widths, action.shape[-1])
     critic, value = Critic(cfg.widths), Value(cfg.widths)
     q_params = jax.vmap(critic.init, (0, None, None))(jax.random.split(k_critic, 2), obs, action)
-    actor_lr = optax.cosine_decay_schedule(cfg.lr, cfg.num_updates)
+    actor_lr = optax.cosine_decay_schedule(cfg.lr, cfg.num_updates) if cfg.lr_decay else cfg.lr
 
     def learner(apply_fn, params, lr):
         return TrainState.create(apply_fn=apply_fn, params=params, tx=optax.adam(lr))

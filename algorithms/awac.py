@@ -1,0 +1,240 @@
+"""Advantage-weighted actor-critic (AWAC). Nair, Gupta, Dalal, Levine 2020, arXiv:2006.09359.
+
+Q-learning with the policy's own next actions, and a policy that imitates the data's actions, each
+by how much better it is than what the policy would do itself: exp(A / lambda) solves policy
+improvement under a bound on the KL divergence from the data.
+
+    L_Q(theta) = E[ (r + gamma Q_target(s', a') - Q(s, a))^2 ],   a' ~ pi(. | s')
+    L_pi(phi)  = E[ -exp(A(s, a) / lambda) log pi(a | s) ]
+    A(s, a)    = Q(s, a) - V(s),   V(s) = E[ Q(s, a') ],   a' ~ pi(. | s)
+
+Run: python algorithms/awac.py --env halfcheetah-medium-v2 --num-seeds 4
+
+Settings of the trusted port (CORL, github.com/tinkoff-ai/CORL): the smaller of two critics, the
+exponential clipped at 100; beta is 1 / lambda. Differs from it: two hidden layers for its three
+(`--widths 256 256 256`); the mean is a tanh and std at least e^-5, as in the JAX port (ikostrikov's
+jaxrl, which also normalises the weights over the batch); LeCun for PyTorch's initialisation; the
+data's own next_obs, so that rows at time limits count.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import distrax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from flax import struct
+from flax.training.train_state import TrainState
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
+from common import datasets, evaluation, experiment  # noqa: E402
+
+# The paper's values where they depend on the data; the longest name that fits, see Config.
+PAPER = {
+    "default": dict(beta=3.0, scale_reward=False, shift_reward=0.0),
+    "maze": dict(beta=10.0),
+    "antmaze": dict(beta=10.0, shift_reward=-1.0),
+    **dict.fromkeys(("pen", "door", "hammer", "relocate"), dict(beta=10.0)),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env_id: str = ""  # Gymnasium id to score on; only for a bare file
+    seed: int = 0  # first seed
+    num_seeds: int = 1  # seeds trained together under vmap
+    num_updates: int = 1_000_000  # gradient steps
+    eval_every: int = 10_000  # gradient steps between evaluations; one compiled chunk
+    eval_episodes: int = 10  # episodes per evaluation and seed
+    out: str = "runs"  # where run folders go
+    resume: str = ""  # run folder to continue
+    wandb: bool = False  # also log to Weights & Biases
+    batch_size: int = 256  # transitions per gradient step
+    gamma: float = 0.99  # discount
+    lr: float = 3e-4  # Adam
+    polyak: float = 0.005  # step of the target network
+    widths: tuple[int, ...] = (256, 256)  # hidden layers of every network
+    normalize: bool = True  # standardise observations
+    # --- AWAC ---
+    lr_decay: bool = False  # let the actor's learning rate fall to 0 by a cosine
+    num_samples: int = 1  # actions a' for V
+    beta: float | None = None  # inverse temperature 1 / lambda; None: PAPER, else 3
+    max_weight: float = 100.0  # clip of the exponential
+    scale_reward: bool | None = None  # x 1000 / (best - worst return); None: PAPER, else off
+    shift_reward: float | None = None  # added to every reward; None: PAPER, else 0
+
+
+class MLP(nn.Module):
+    widths: tuple[int, ...]
+    out: int
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.out)(x)
+
+
+class Actor(nn.Module):
+    """pi(a | s) = N(tanh f(s), std^2), std independent of s."""
+
+    widths: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, obs):
+        mean = jnp.tanh(MLP(self.widths, self.action_dim)(obs))
+        log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,)).clip(-5, 2)
+        return distrax.MultivariateNormalDiag(mean, jnp.broadcast_to(jnp.exp(log_std), mean.shape))
+
+
+class Critic(nn.Module):
+    """Q(s, a) of one member; the ensemble is a vmap over parameters."""
+
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, obs, action):
+        return MLP(self.widths, 1)(jnp.concatenate([obs, action], -1)).squeeze(-1)
+
+
+@struct.dataclass
+class State:
+    actor: TrainState
+    critic: TrainState  # two members, parameters stacked on axis 0
+    target: dict  # Polyak average of critic.params
+    obs_mean: jax.Array  # (D,)
+    obs_std: jax.Array  # (D,)
+
+
+def init(key, data, cfg):
+    """Fresh networks and optimisers for one seed; `data`, a Batch, gives sizes and statistics."""
+    k_actor, k_critic = jax.random.split(key)
+    obs, action = data.obs[0], data.action[0]
+    actor = Actor(cfg.widths, action.shape[-1])
+    critic = Critic(cfg.widths)
+    q_params = jax.vmap(critic.init, (0, None, None))(jax.random.split(k_critic, 2), obs, action)
+    actor_lr = optax.cosine_decay_schedule(cfg.lr, cfg.num_updates) if cfg.lr_decay else cfg.lr
+
+    def learner(apply_fn, params, lr):
+        return TrainState.create(apply_fn=apply_fn, params=params, tx=optax.adam(lr))
+
+    return State(
+        actor=learner(actor.apply, actor.init(k_actor, obs), actor_lr),
+        critic=learner(jax.vmap(critic.apply, (0, None, None)), q_params, cfg.lr),
+        target=q_params,
+        obs_mean=data.obs.mean(0) if cfg.normalize else jnp.zeros_like(obs),
+        obs_std=data.obs.std(0) + 1e-3 if cfg.normalize else jnp.ones_like(obs),
+    )
+
+
+# A loss differentiates its first argument; everything in `state` is a constant to it.
+
+
+def critic_loss(q_params, state, batch, key, cfg):
+    """One-step regression onto r + gamma Q_target(s', a'), a' ~ pi(. | s')."""
+    pi = state.actor.apply_fn(state.actor.params, batch.next_obs)
+    next_action = pi.sample(seed=key).clip(-1, 1)
+    q_next = state.critic.apply_fn(state.target, batch.next_obs, next_action).min(0)
+    target = batch.reward + cfg.gamma * (1 - batch.done) * q_next
+    q = state.critic.apply_fn(q_params, batch.obs, batch.action)  # (2, B)
+    loss = jnp.mean((q - target) ** 2, 1).sum()
+    return loss, {"critic_loss": loss, "q_data": q.mean()}
+
+
+def advantage(state, batch, key, cfg):
+    """Q(s, a) - V(s), V the mean Q of a' ~ pi(. | s), shape (B,)."""
+    pi = state.actor.apply_fn(state.actor.params, batch.obs)
+    own_action = pi.sample(seed=key, sample_shape=cfg.num_samples).clip(-1, 1)  # (n, B, A)
+    obs = jnp.broadcast_to(batch.obs, (cfg.num_samples, *batch.obs.shape))
+    v = state.critic.apply_fn(state.critic.params, obs, own_action).mean(1)  # (2, B)
+    q = state.critic.apply_fn(state.critic.params, batch.obs, batch.action)  # (2, B)
+    return q.min(0) - v.min(0)
+
+
+def actor_loss(pi_params, state, batch, key, cfg):
+    """Imitation weighted by the exponential advantage."""
+    weight = jnp.exp(cfg.beta * advantage(state, batch, key, cfg))
+    weight = weight.clip(max=cfg.max_weight)
+    pi = state.actor.apply_fn(pi_params, batch.obs)
+    loss = -jnp.mean(weight * pi.log_prob(batch.action))
+    return loss, {"actor_loss": loss, "weight": weight.mean()}
+
+
+def descend(loss_fn, learner, *args):
+    """One optimiser step on loss_fn(learner.params, *args)."""
+    grads, info = jax.grad(loss_fn, has_aux=True)(learner.params, *args)
+    return learner.apply_gradients(grads=grads), info
+
+
+def update(state, batch, key, cfg):
+    """Q first; then the policy against the new Q; then the target."""
+    k_critic, k_actor = jax.random.split(key)
+    critic, q_info = descend(critic_loss, state.critic, state, batch, k_critic, cfg)
+    state = state.replace(critic=critic)
+    actor, pi_info = descend(actor_loss, state.actor, state, batch, k_actor, cfg)
+    target = optax.incremental_update(critic.params, state.target, cfg.polyak)
+    return state.replace(actor=actor, target=target), pi_info | q_info
+
+
+def normalise(state, obs):
+    """Observations (..., D) as the networks see them."""
+    return (obs - state.obs_mean) / state.obs_std
+
+
+def minibatch(state, data, rows):
+    """Those rows of a Batch, observations normalised."""
+    batch = jax.tree.map(lambda x: x[rows], data)
+    obs, next_obs = normalise(state, batch.obs), normalise(state, batch.next_obs)
+    return batch._replace(obs=obs, next_obs=next_obs)
+
+
+def train_chunk(state, data, key, cfg):
+    """`eval_every` updates on minibatches of `data`, a Batch of N rows; metrics averaged."""
+
+    def step(state, key):
+        k_rows, k_update = jax.random.split(key)
+        rows = jax.random.randint(k_rows, (cfg.batch_size,), 0, len(data.reward))
+        return update(state, minibatch(state, data, rows), k_update, cfg)
+
+    state, metrics = jax.lax.scan(step, state, jax.random.split(key, cfg.eval_every))
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+def act(state, obs):
+    """The policy's mean action for obs (..., D)."""
+    return state.actor.apply_fn(state.actor.params, normalise(state, obs)).mode().clip(-1, 1)
+
+
+def main(cfg: Config):
+    cfg = experiment.resolve(cfg, PAPER)  # --resume: the run's own config
+    data = datasets.load(cfg.env, cfg.env_id)
+    run = experiment.Run(cfg, data)
+    batch = data.transitions(cfg.scale_reward)
+    batch = batch._replace(reward=batch.reward + cfg.shift_reward)
+
+    keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))
+    fold = jax.vmap(jax.random.fold_in, (0, None))  # step 0 initialises, step n > 0 trains
+    start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
+    state = run.restore(start(fold(keys, 0), batch))
+    chunk = jax.jit(jax.vmap(partial(train_chunk, cfg=cfg), (0, None, 0)), donate_argnums=0)
+    policy = jax.jit(jax.vmap(evaluation.stateless(act), (0, 0, 0, 0, None)))
+
+    for step in run.steps():  # eval_every, 2 eval_every, ..., num_updates
+        state, metrics = chunk(state, batch, fold(keys, step))
+        returns = evaluation.evaluate(
+            partial(policy, state), data.env_id, cfg.num_seeds, cfg.eval_episodes
+        )
+        run.record(step, metrics, returns)
+        run.save(step, state)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,188 @@
+"""Behaviour cloning (BC) and %BC, the baselines of every table.
+
+BC learns to do what the data do: at best it is as good as the policy that made them (Pomerleau
+1988). %BC does the same with the best episodes alone, by their return: what offline RL has to beat
+(Chen et al. 2021, arXiv:2106.01345).
+
+    L_pi(phi) = E[ |mean(s) - a|^2 ]     --head deterministic
+    L_pi(phi) = E[ -log pi(a | s) ]      --head gaussian
+
+Run: python algorithms/bc.py --env halfcheetah-medium-v2                  # BC
+     python algorithms/bc.py --env halfcheetah-medium-v2 --fraction 0.1   # 10%BC
+
+Settings of the trusted port (CORL, github.com/tinkoff-ai/CORL). Differs from it: an episode ends
+where the data end it, not only at terminals and after every 1000 steps; returns are not discounted;
+LeCun for PyTorch's initialisation. The square is averaged over the action's dimensions, as there.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import distrax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import struct
+from flax.training.train_state import TrainState
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
+from common import datasets, evaluation, experiment  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Config:
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env_id: str = ""  # Gymnasium id to score on; only for a bare file
+    seed: int = 0  # first seed
+    num_seeds: int = 1  # seeds trained together under vmap
+    num_updates: int = 1_000_000  # gradient steps
+    eval_every: int = 10_000  # gradient steps between evaluations; one compiled chunk
+    eval_episodes: int = 10  # episodes per evaluation and seed
+    out: str = "runs"  # where run folders go
+    resume: str = ""  # run folder to continue
+    wandb: bool = False  # also log to Weights & Biases
+    batch_size: int = 256  # transitions per gradient step
+    lr: float = 3e-4  # Adam
+    widths: tuple[int, ...] = (256, 256)  # hidden layers of every network
+    normalize: bool = True  # standardise observations
+    # --- BC ---
+    fraction: float = 1.0  # of the episodes, those of the largest returns; 0.1 is 10%BC
+    head: Literal["deterministic", "gaussian"] = "deterministic"  # squared error or likelihood
+
+
+class MLP(nn.Module):
+    widths: tuple[int, ...]
+    out: int
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.widths:
+            x = nn.relu(nn.Dense(width)(x))
+        return nn.Dense(self.out)(x)
+
+
+class Actor(nn.Module):
+    """pi(a | s) = N(tanh f(s), std^2), std independent of s."""
+
+    widths: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, obs):
+        mean = jnp.tanh(MLP(self.widths, self.action_dim)(obs))
+        log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,)).clip(-5, 2)
+        return distrax.MultivariateNormalDiag(mean, jnp.broadcast_to(jnp.exp(log_std), mean.shape))
+
+
+@struct.dataclass
+class State:
+    actor: TrainState
+    obs_mean: jax.Array  # (D,)
+    obs_std: jax.Array  # (D,)
+
+
+def init(key, data, cfg):
+    """A fresh network and optimiser for one seed; `data`, a Batch, gives sizes and statistics."""
+    obs, action = data.obs[0], data.action[0]
+    actor = Actor(cfg.widths, action.shape[-1])
+    return State(
+        actor=TrainState.create(
+            apply_fn=actor.apply, params=actor.init(key, obs), tx=optax.adam(cfg.lr)
+        ),
+        obs_mean=data.obs.mean(0) if cfg.normalize else jnp.zeros_like(obs),
+        obs_std=data.obs.std(0) + 1e-3 if cfg.normalize else jnp.ones_like(obs),
+    )
+
+
+def actor_loss(pi_params, state, batch, cfg):
+    """Squared error of the mean action, or negative log-likelihood."""
+    pi = state.actor.apply_fn(pi_params, batch.obs)
+    if cfg.head == "gaussian":
+        loss = -jnp.mean(pi.log_prob(batch.action))
+    else:
+        loss = jnp.mean((pi.mode() - batch.action) ** 2)
+    return loss, {"actor_loss": loss}
+
+
+def descend(loss_fn, learner, *args):
+    """One optimiser step on loss_fn(learner.params, *args)."""
+    grads, info = jax.grad(loss_fn, has_aux=True)(learner.params, *args)
+    return learner.apply_gradients(grads=grads), info
+
+
+def update(state, batch, key, cfg):
+    """One step of imitation."""
+    del key  # BC samples nothing
+    actor, info = descend(actor_loss, state.actor, state, batch, cfg)
+    return state.replace(actor=actor), info
+
+
+def normalise(state, obs):
+    """Observations (..., D) as the networks see them."""
+    return (obs - state.obs_mean) / state.obs_std
+
+
+def minibatch(state, data, rows):
+    """Those rows of a Batch, observations normalised."""
+    batch = jax.tree.map(lambda x: x[rows], data)
+    obs, next_obs = normalise(state, batch.obs), normalise(state, batch.next_obs)
+    return batch._replace(obs=obs, next_obs=next_obs)
+
+
+def train_chunk(state, data, key, cfg):
+    """`eval_every` updates on minibatches of `data`, a Batch of N rows; metrics averaged."""
+
+    def step(state, key):
+        k_rows, k_update = jax.random.split(key)
+        rows = jax.random.randint(k_rows, (cfg.batch_size,), 0, len(data.reward))
+        return update(state, minibatch(state, data, rows), k_update, cfg)
+
+    state, metrics = jax.lax.scan(step, state, jax.random.split(key, cfg.eval_every))
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+def act(state, obs):
+    """The policy's mean action for obs (..., D)."""
+    return state.actor.apply_fn(state.actor.params, normalise(state, obs)).mode().clip(-1, 1)
+
+
+def best_episodes(data, fraction):
+    """Rows (N,) bool of the share of the episodes with the largest returns, at least of one."""
+    order = np.argsort(-data.returns(), kind="stable")
+    best = np.zeros(len(order), bool)
+    best[order[: max(1, int(fraction * len(order)))]] = True
+    return np.repeat(best, data.length)
+
+
+def main(cfg: Config):
+    cfg = experiment.resolve(cfg)  # --resume: the run's own config
+    data = datasets.load(cfg.env, cfg.env_id)
+    run = experiment.Run(cfg, data)
+    rows = best_episodes(data, cfg.fraction)
+    batch = jax.tree.map(lambda x: x[rows], data.transitions())
+
+    keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))
+    fold = jax.vmap(jax.random.fold_in, (0, None))  # step 0 initialises, step n > 0 trains
+    start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
+    state = run.restore(start(fold(keys, 0), batch))
+    chunk = jax.jit(jax.vmap(partial(train_chunk, cfg=cfg), (0, None, 0)), donate_argnums=0)
+    policy = jax.jit(jax.vmap(evaluation.stateless(act), (0, 0, 0, 0, None)))
+
+    for step in run.steps():  # eval_every, 2 eval_every, ..., num_updates
+        state, metrics = chunk(state, batch, fold(keys, step))
+        returns = evaluation.evaluate(
+            partial(policy, state), data.env_id, cfg.num_seeds, cfg.eval_episodes
+        )
+        run.record(step, metrics, returns)
+        run.save(step, state)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
