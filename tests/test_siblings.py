@@ -12,12 +12,22 @@ FILES = {path.stem: path.read_text("utf-8") for path in sorted(ALGORITHMS.glob("
 PAIRS = list(itertools.combinations(FILES, 2))
 
 # What holds an algorithm's idea may differ between any two files,
-IDEA = {"Config", "State", "init", "critic_loss", "update", "main", "PAPER"}
-# and between these two, which have another kind of policy or of data.
-BETWEEN = {
-    ("cql", "iql"): {"Actor", "actor_loss", "act"},
-    ("combo", "iql"): {"Actor", "actor_loss", "act", "train_chunk"},
-    ("combo", "cql"): {"train_chunk"},
+IDEA = {
+    "Config",
+    "State",
+    "init",
+    "actor_loss",
+    "critic_loss",
+    "advantage",
+    "update",
+    "main",
+    "PAPER",
+}
+# and these, each text shared by the files between two bars: other kinds of policy and of data.
+VERSIONS = {
+    "Actor": "awac bc iql | combo cql",
+    "act": "awac bc iql | combo cql",
+    "train_chunk": "awac bc cql iql | combo",
 }
 SHARED = """env env_id seed num_seeds num_updates eval_every eval_episodes out resume wandb
 batch_size gamma lr actor_lr critic_lr polyak widths normalize""".split()
@@ -44,19 +54,33 @@ def fields(name):
     return {m[1]: (m[2], m[3]) for m in lines if m}
 
 
-@pytest.mark.parametrize(("a", "b"), PAIRS)
-def test_blocks_of_one_name_are_one_text(a, b):
-    ours, theirs = blocks(a), blocks(b)
-    common = (ours.keys() & theirs.keys()) - IDEA - BETWEEN.get((a, b), set())
-    assert {"MLP", "Critic", "descend", "minibatch", "normalise"} <= common
-    assert [n for n in sorted(common) if ours[n] != theirs[n]] == []
+def texts(block):
+    """The files that have this block, grouped by its text."""
+    groups = {}
+    for name in FILES:
+        if block in blocks(name):
+            groups.setdefault(blocks(name)[block], set()).add(name)
+    return groups.values()
 
 
-@pytest.mark.parametrize(("a", "b"), PAIRS)
-def test_the_list_of_differences_is_no_longer_than_it_must_be(a, b):
-    ours, theirs = blocks(a), blocks(b)
-    for name in BETWEEN.get((a, b), set()):
-        assert ours[name] != theirs[name], f"{name} may leave the list of {a}, {b}"
+@pytest.mark.parametrize("block", sorted({n for name in FILES for n in blocks(name)} - IDEA))
+def test_blocks_of_one_name_are_one_text(block):
+    """One text in all files, or exactly those of the list: it is no longer than it must be."""
+    found = {" ".join(sorted(group)) for group in texts(block)}
+    if block in VERSIONS:
+        assert found == set(VERSIONS[block].split(" | "))
+    else:
+        assert len(found) == 1
+
+
+def test_what_all_files_have():
+    for name in FILES:
+        assert {"Config", "State", "init", "update", "act", "main"} <= blocks(name).keys()
+        assert {"descend", "normalise", "minibatch", "train_chunk"} <= blocks(name).keys()
+
+
+def test_cql_and_combo_have_one_policy():
+    assert blocks("cql")["actor_loss"] == blocks("combo")["actor_loss"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -64,7 +88,7 @@ def test_shared_fields_come_first_in_one_order(name):
     own = list(fields(name))
     shared = [field for field in SHARED if field in own]
     assert own[: len(shared)] == shared
-    assert own[:12] == SHARED[:12]
+    assert own[:11] == SHARED[:11]
 
 
 @pytest.mark.parametrize("name", FILES)
