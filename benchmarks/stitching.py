@@ -1,0 +1,183 @@
+"""Stitching: who goes from A to C, where the data go from A to B and from B to C alone?
+
+A point in the plane moves by at most 0.25 a step. The data hold three kinds of paths alone:
+
+    F <- A -> B -> D     those from A end at F, which pays 5, or by B at D, which pays nothing;
+              B -> C     those to C, which pays 10, begin at B.
+
+The best way from A is by B to C: it is in no episode, but every step of it is in the data. Whoever
+values a state by what can be had from there finds it. Whoever takes an episode for a whole sees
+that from A one gets 5 at best, and goes to F.
+
+    python benchmarks/stitching.py    # trains all; stitching.json and .png in benchmarks/results
+"""
+
+import importlib
+import json
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))  # finds common/
+sys.path.insert(2, str(ROOT / "algorithms"))
+from common import datasets, experiment, policy  # noqa: E402
+
+PLACES = {"A": (-1, 0), "B": (0, 0), "C": (1, 1), "D": (1, -1), "F": (-1, -1)}
+PATHS = ("AF", "ABD", "BC")
+PAYS = {"C": 10.0, "F": 5.0, "D": 0.0}  # an episode ends at any of these
+STEP, RADIUS, LIMIT = 0.25, 0.2, 24  # length of a step of action 1, size of a place, time limit
+
+SMALL = dict(batch_size=128, widths=(64, 64))
+TD = SMALL | dict(gamma=0.95)
+COMBO = dict(actor_lr=3e-4, model_widths=(64, 64), model_decay=(0.0,) * 3, max_epochs=30)
+COMBO |= dict(rollout_batch=1000, rho="model", beta=5.0)
+RUNS = {  # who: (file, settings)
+    "BC": ("bc", SMALL),
+    "%BC, best half": ("bc", SMALL | dict(fraction=0.5)),
+    "AWAC": ("awac", TD | dict(lr=1e-3)),
+    "IQL": ("iql", TD | dict(lr=1e-3, tau=0.9)),
+    "CQL": ("cql", TD),
+    "COMBO": ("combo", TD | COMBO),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    updates: int = 8000  # gradient steps of each algorithm
+    seeds: int = 3  # of each algorithm, trained together
+    episodes: int = 20  # from A, of each seed
+    seed: int = 0  # first seed; of the data, too
+    results: str = str(ROOT / "benchmarks/results")  # where everything goes
+
+
+def move(position, action):
+    """One step of the world from positions (..., 2): the next ones, what they pay, and the end."""
+    position = position + STEP * np.clip(action, -1, 1)
+    reached = {p: np.linalg.norm(position - PLACES[p], axis=-1) < RADIUS for p in PAYS}
+    pays = sum(PAYS[p] * reached[p] for p in PAYS)
+    return position.astype(np.float32), np.float32(pays), np.any(list(reached.values()), 0)
+
+
+def walk(rng, path):
+    """One noisy episode along the places of `path`: rows (obs, action, reward, next_obs, done)."""
+    obs, rows, ahead = np.float32(PLACES[path[0]] + rng.normal(0, 0.05, 2)), [], list(path[1:])
+    while True:
+        if len(ahead) > 1 and np.linalg.norm(obs - PLACES[ahead[0]]) < RADIUS:
+            ahead.pop(0)
+        towards = (np.array(PLACES[ahead[0]]) - obs) / STEP
+        action = towards / max(1, np.abs(towards).max()) + rng.normal(0, 0.15, 2)
+        action = np.float32(action.clip(-1, 1))
+        next_obs, reward, done = move(obs, action)
+        rows.append((obs, action, reward, next_obs, np.float32(done)))
+        if done:
+            return rows
+        obs = next_obs
+
+
+def dataset(seed=0, episodes=600):
+    """As many episodes of each of PATHS, as a datasets.Dataset."""
+    rng = np.random.default_rng(seed)
+    walks = [walk(rng, PATHS[i % len(PATHS)]) for i in range(episodes)]
+    length = np.array([len(rows) for rows in walks])
+    arrays = [np.stack(x) for x in zip(*sum(walks, []), strict=True)]
+    start = np.cumsum(length) - length
+    return datasets.Dataset("crossroads", "", *arrays, start, length, 0.0, max(PAYS.values()), {})
+
+
+def ended(obs, action, next_obs):
+    """Where the world ends an episode, for COMBO's rollouts: (..., 2) -> bool (...)."""
+    places = jnp.array([PLACES[p] for p in PAYS], jnp.float32)
+    return (jnp.linalg.norm(next_obs[..., None, :] - places, axis=-1) < RADIUS).any(-1)
+
+
+def train(who, data, cfg):
+    """(policy, states of all seeds) of one of RUNS, as the file's own main trains it."""
+    name, settings = RUNS[who]
+    module = importlib.import_module(name)
+    sizes = dict(seed=cfg.seed, num_seeds=cfg.seeds, num_updates=cfg.updates)
+    sizes |= dict(eval_every=cfg.updates, env=data.name)
+    own = experiment.resolve(module.Config(**sizes | settings), getattr(module, "PAPER", {}))
+    chunk, batch = partial(module.train_chunk, cfg=own), data.transitions()
+    if name == "bc":
+        rows = module.best_episodes(data, own.fraction)
+        batch = jax.tree.map(lambda x: x[rows], batch)
+    keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.seeds))
+    state = jax.jit(jax.vmap(partial(module.init, cfg=own), (0, None)))(keys, batch)
+    if name == "combo":
+        state = state.replace(dynamics=module.fit_dynamics(keys, batch, own, lambda line: None))
+        chunk = partial(chunk, terminal=ended)
+    state, _ = jax.jit(jax.vmap(chunk, (0, None, 0)))(state, batch, keys)
+    return jax.vmap(policy.pure(module, own), (0, 0, 0, 0, None)), state
+
+
+def episodes_from_a(act, state, cfg):
+    """Positions (LIMIT + 1, S, E, 2), still after the end, and returns (S, E) of each policy."""
+    rng, act = np.random.default_rng(cfg.seed), jax.jit(partial(act, state))
+    shape = cfg.seeds, cfg.episodes
+    obs = np.float32(PLACES["A"] + rng.normal(0, 0.05, (*shape, 2)))
+    carry, reward, done, path = None, np.zeros(shape, np.float32), np.zeros(shape, bool), [obs]
+    returns = np.zeros(shape)
+    for t in range(LIMIT):
+        action, carry = act(carry, obs, reward, jax.random.key(t))
+        next_obs, reward, now = move(obs, np.asarray(action))
+        obs, reward = np.where(done[..., None], obs, next_obs), reward * ~done
+        returns, done = returns + reward, done | now
+        path.append(obs)
+    return np.stack(path), returns
+
+
+def plot(data, paths, path):
+    """The data, then a panel for each policy with its ways from A."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = (len(paths) + 2) // 2
+    figure, axes = pyplot.subplots(2, columns, figsize=(2.6 * columns, 5.6))
+    ways = {"the data": [], **paths}
+    for start, length in zip(data.start, data.length, strict=True):
+        rows = slice(start, start + length)
+        ways["the data"].append(np.vstack([data.obs[rows], data.next_obs[rows][-1:]]))
+    for axis in axes.flat[len(ways) :]:
+        axis.remove()
+    for axis, (title, lines) in zip(axes.flat, ways.items(), strict=False):
+        for line in lines[:60]:
+            axis.plot(*line.T, color="C0" if title != "the data" else "0.6", lw=1, alpha=0.5)
+        for place, xy in PLACES.items():
+            axis.add_patch(pyplot.Circle(xy, RADIUS, fill=False, color="0.2", lw=0.8))
+            pays = f" {PAYS[place]:g}" if place in PAYS else ""
+            axis.annotate(place + pays, xy, (0, 11), textcoords="offset points", ha="center")
+        axis.set(title=title, xlim=(-1.7, 1.7), ylim=(-1.7, 1.7), xticks=[], yticks=[])
+        axis.set_aspect("equal")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main(cfg: Config):
+    data, found, paths = dataset(cfg.seed), {}, {}
+    for who in RUNS:
+        path, returns = episodes_from_a(*train(who, data, cfg), cfg)
+        ends = {p: float((returns == PAYS[p]).mean()) for p in ("C", "F")}
+        found[who] = {"return": float(returns.mean()), "to_C": ends["C"], "to_F": ends["F"]}
+        paths[f"{who}: {ends['C']:.0%} to C"] = path.reshape(LIMIT + 1, -1, 2).swapaxes(0, 1)
+        print(
+            f"{who:24} return {returns.mean():5.2f}  to C {ends['C']:4.0%}  to F {ends['F']:4.0%}"
+        )
+    results = Path(cfg.results)
+    results.mkdir(parents=True, exist_ok=True)
+    record = {"config": {k: v for k, v in vars(cfg).items() if k != "results"}, "runs": found}
+    (results / "stitching.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    plot(data, paths, results / "stitching.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

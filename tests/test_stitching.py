@@ -1,0 +1,58 @@
+"""Who joins two paths of the data to one that nobody went, benchmarks/stitching.py in short."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import stitching  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def data():
+    return stitching.dataset()
+
+
+def arrivals(who, data, updates):
+    """The shares of one seed's episodes from A that end at C and at F."""
+    cfg = stitching.Config(updates=updates, seeds=1, episodes=20)
+    _, returns = stitching.episodes_from_a(*stitching.train(who, data, cfg), cfg)
+    return (returns == 10).mean(), (returns == 5).mean()
+
+
+def test_no_episode_goes_from_a_to_c(data):
+    """Every row of the data is a move of the world; A is left for F and for D, C reached from B."""
+    first = data.obs[data.start]
+    from_a = np.linalg.norm(first - stitching.PLACES["A"], axis=1) < 0.3
+    assert 0.6 < from_a.mean() < 0.7
+    assert set(data.returns()[from_a]) == {0.0, 5.0}
+    assert set(data.returns()[~from_a]) == {10.0}
+    assert np.linalg.norm(first[~from_a] - stitching.PLACES["B"], axis=1).max() < 0.3
+    next_obs, pays, done = stitching.move(data.obs, data.action)
+    np.testing.assert_array_equal(next_obs, data.next_obs)
+    np.testing.assert_array_equal(pays, data.reward)
+    np.testing.assert_array_equal(done, data.done)
+    np.testing.assert_array_equal(np.flatnonzero(done), data.start + data.length - 1)
+    np.testing.assert_array_equal(stitching.ended(None, None, data.next_obs), done)
+
+
+@pytest.mark.parametrize(("who", "updates"), [("IQL", 3000), ("AWAC", 3000)])
+def test_dynamic_programming_goes_from_a_to_c(who, updates, data):
+    to_c, _ = arrivals(who, data, updates)
+    assert to_c > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["CQL", "COMBO"])
+def test_so_do_the_conservative_ones(who, data):
+    to_c, _ = arrivals(who, data, 8000)
+    assert to_c > 0.8
+
+
+@pytest.mark.parametrize("who", ["BC", "%BC, best half"])
+def test_imitation_cannot(who, data):
+    to_c, to_f = arrivals(who, data, 2000)
+    assert to_c < 0.3
+    assert who == "BC" or to_f > 0.9
