@@ -1,0 +1,282 @@
+"""Decision Transformer (DT). Chen et al. 2021, arXiv:2106.01345.
+
+Offline RL as a sequence model: a causal transformer reads the last K steps and predicts the action
+that led to the return asked for. No value, no bootstrapping.
+
+    tau     = (R_1, s_1, a_1, R_2, s_2, a_2, ...),   R_t = r_t + r_{t+1} + ... + r_T
+    token   = LayerNorm(embed(R_t or s_t or a_t) + embed(t))
+    L(phi)  = E[ |a_t - pi(R_{t-K+1}, s_{t-K+1}, a_{t-K+1}, ..., R_t, s_t)|^2 ]
+    acting:   R_1 = the return asked for,   R_{t+1} = R_t - r_t
+
+Run: python algorithms/dt.py --env halfcheetah-medium-v2 --targets 12000 6000
+
+Differs from the authors' code: all weights start from N(0, 0.02^2), as in GPT-2, there the
+embeddings and the head from PyTorch's defaults; observations are divided by std + 1e-3 (there
+1e-6); the last block computes the state tokens alone, from which actions are predicted; its heads
+for states and returns, which nothing trains, are left out.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import struct
+from flax.training.train_state import TrainState
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
+from common import datasets, evaluation, experiment  # noqa: E402
+
+# On D4RL's data, the larger of the two returns that the authors' code asks for one by one.
+PAPER = {
+    f"{env}-{policy}-v2": dict(targets=(target,))
+    for env, target in {"halfcheetah": 12000.0, "hopper": 3600.0, "walker2d": 5000.0}.items()
+    for policy in ("medium", "medium-replay", "medium-expert")
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env_id: str = ""  # Gymnasium id to score on; only for a bare file
+    seed: int = 0  # first seed
+    num_seeds: int = 1  # seeds trained together under vmap
+    num_updates: int = 100_000  # gradient steps
+    eval_every: int = 5_000  # gradient steps between evaluations; one compiled chunk
+    eval_episodes: int = 10  # episodes per evaluation and seed
+    out: str = "runs"  # where run folders go
+    resume: str = ""  # run folder to continue
+    wandb: bool = False  # also log to Weights & Biases
+    batch_size: int = 64  # windows per gradient step
+    lr: float = 1e-4  # AdamW
+    normalize: bool = True  # standardise observations
+    # --- DT ---
+    targets: tuple[float, ...] | None = None  # returns to ask for; None: PAPER, else data's best
+    rtg_scale: float = 1_000.0  # returns are divided by it
+    context: int = 20  # K, the steps that the transformer sees
+    layers: int = 3  # blocks of the transformer
+    heads: int = 1  # of attention, a divisor of width
+    width: int = 128  # of a token
+    dropout: float = 0.1  # of embeddings, attention and residuals, while training
+    max_time: int = 1_000  # time embeddings; later steps share the last
+    weight_decay: float = 1e-4  # of AdamW, on all parameters
+    clip: float = 0.25  # largest norm of the gradient
+    warmup: int = 10_000  # gradient steps in which the learning rate rises to lr
+
+
+class Window(NamedTuple):
+    """K steps of an episode: what is learned from, and what acting remembers."""
+
+    obs: jax.Array  # (B, K, D) normalised
+    action: jax.Array  # (B, K, A)
+    to_go: jax.Array  # (B, K) return from this step to the episode's end / rtg_scale
+    time: jax.Array  # (B, K) int32 step within the episode
+    mask: jax.Array  # (B, K) False: padding, on the left
+
+
+gpt2_dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
+
+
+class Block(nn.Module):
+    """Attention and MLP of GPT-2, each on a normalised input and added to the residual stream."""
+
+    heads: int
+    dropout: float
+    last: bool  # of the transformer: computes the state tokens alone
+
+    @nn.compact
+    def __call__(self, x, mask, train):  # (B, T, W), (B, T, T) which token sees which
+        width = x.shape[-1]
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+        qkv = gpt2_dense(3 * width)(nn.LayerNorm(1e-5)(x))
+        q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in jnp.split(qkv, 3, -1))
+        if self.last:
+            x, q, mask = x[:, 1::3], q[:, 1::3], mask[:, 1::3]
+        score = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(width / self.heads)
+        score = jnp.where(mask[:, None], score, -1e9)  # finite: padding sees nothing, and no NaN
+        y = jnp.einsum("bhqk,bkhd->bqhd", drop(nn.softmax(score)), v).reshape(x.shape)
+        x = x + drop(gpt2_dense(width)(y))
+        y = nn.relu(gpt2_dense(4 * width)(nn.LayerNorm(1e-5)(x)))
+        return x + drop(gpt2_dense(width)(y))
+
+
+class Transformer(nn.Module):
+    """Actions (B, K, A) in [-1, 1], each from its step's return and state and all steps before."""
+
+    layers: int
+    heads: int
+    width: int
+    dropout: float
+    max_time: int
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, window, train=False):
+        tokens = window.to_go[..., None], window.obs, window.action
+        tokens = jnp.stack([gpt2_dense(self.width)(x) for x in tokens], 2)  # (B, K, 3, W)
+        embed = nn.Embed(self.max_time, self.width, embedding_init=nn.initializers.normal(0.02))
+        tokens += embed(window.time.clip(0, self.max_time - 1))[:, :, None]
+        x = nn.LayerNorm(1e-5)(tokens.reshape(len(tokens), -1, self.width))  # (B, 3 K, W)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        causal = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
+        mask = causal & jnp.repeat(window.mask, 3, 1)[:, None]  # (B, 3 K, 3 K)
+        for i in range(self.layers):
+            x = Block(self.heads, self.dropout, i == self.layers - 1)(x, mask, train)
+        return jnp.tanh(gpt2_dense(self.action_dim, name="head")(nn.LayerNorm(1e-5)(x)))
+
+
+@struct.dataclass
+class State:
+    actor: TrainState
+    obs_mean: jax.Array  # (D,)
+    obs_std: jax.Array  # (D,)
+
+
+def empty(episodes, obs_dim, action_dim, cfg):
+    """Windows that hold nothing but padding."""
+    shape = episodes, cfg.context
+    return Window(
+        obs=jnp.zeros((*shape, obs_dim)),
+        action=jnp.zeros((*shape, action_dim)),
+        to_go=jnp.zeros(shape),
+        time=jnp.full(shape, -1, jnp.int32),
+        mask=jnp.zeros(shape, bool),
+    )
+
+
+def init(key, data, cfg):
+    """A fresh network and optimiser for one seed; `data`, a Batch, gives sizes and statistics."""
+    obs, action = data.obs[0], data.action[0]
+    sizes = cfg.layers, cfg.heads, cfg.width, cfg.dropout, cfg.max_time
+    actor = Transformer(*sizes, action.shape[-1])
+    optimiser = optax.chain(
+        optax.clip_by_global_norm(cfg.clip),
+        optax.adamw(
+            lambda count: cfg.lr * jnp.minimum((count + 1) / max(cfg.warmup, 1), 1),
+            weight_decay=cfg.weight_decay,
+        ),
+    )
+    params = actor.init(key, empty(1, len(obs), len(action), cfg))
+    return State(
+        actor=TrainState.create(apply_fn=actor.apply, params=params, tx=optimiser),
+        obs_mean=data.obs.mean(0) if cfg.normalize else jnp.zeros_like(obs),
+        obs_std=data.obs.std(0) + 1e-3 if cfg.normalize else jnp.ones_like(obs),
+    )
+
+
+def actor_loss(pi_params, state, batch, key, cfg):
+    """Squared error of the actions, over the steps that are not padding."""
+    action = state.actor.apply_fn(pi_params, batch, train=True, rngs={"dropout": key})
+    error = jnp.mean((action - batch.action) ** 2, -1)  # (B, K)
+    loss = jnp.sum(error * batch.mask) / batch.mask.sum()
+    return loss, {"actor_loss": loss}
+
+
+def descend(loss_fn, learner, *args):
+    """One optimiser step on loss_fn(learner.params, *args)."""
+    grads, info = jax.grad(loss_fn, has_aux=True)(learner.params, *args)
+    return learner.apply_gradients(grads=grads), info
+
+
+def update(state, batch, key, cfg):
+    """One step of imitation of a Window; `key` draws the dropout."""
+    actor, info = descend(actor_loss, state.actor, state, batch, key, cfg)
+    return state.replace(actor=actor), info
+
+
+def normalise(state, obs):
+    """Observations (..., D) as the networks see them."""
+    return (obs - state.obs_mean) / state.obs_std
+
+
+def minibatch(state, data, rows, cfg):
+    """The windows of Steps that begin at those rows, cut at the episode's end."""
+    index, mask = datasets.windows(rows, data.end, cfg.context, left=True)
+    to_go = data.to_go[index] / cfg.rtg_scale
+    return Window(
+        normalise(state, data.obs[index]), data.action[index], to_go, data.time[index], mask
+    )
+
+
+def train_chunk(state, data, key, cfg):
+    """`eval_every` updates on windows of `data`, Steps of N rows; metrics averaged."""
+
+    def step(state, key):
+        k_rows, k_update = jax.random.split(key)
+        rows = jax.random.randint(k_rows, (cfg.batch_size,), 0, len(data.reward))
+        return update(state, minibatch(state, data, rows, cfg), k_update, cfg)
+
+    state, metrics = jax.lax.scan(step, state, jax.random.split(key, cfg.eval_every))
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+def asked(targets, episodes):
+    """The return that each episode is asked for, (episodes,): in blocks, one after another."""
+    if not targets:
+        raise ValueError("DT acts towards a return: --targets must name at least one.")
+    return np.float32(targets)[np.arange(episodes) * len(targets) // max(episodes, 1)]
+
+
+def act(state, carry, obs, reward, key, cfg):
+    """Actions (E, A) for obs (E, D), episodes as in `asked`; carry: the last K steps, a Window."""
+    del key  # there is no dropout
+    if carry is None:
+        (action_dim,) = state.actor.params["params"]["head"]["bias"].shape
+        carry = empty(*obs.shape, action_dim, cfg)
+        target = asked(cfg.targets, len(obs)) / cfg.rtg_scale
+        carry = carry._replace(to_go=carry.to_go.at[:, -1].set(target))
+    new = Window(
+        obs=normalise(state, obs),
+        action=jnp.zeros_like(carry.action[:, -1]),  # not known yet, and not seen by its own state
+        to_go=carry.to_go[:, -1] - reward / cfg.rtg_scale,
+        time=carry.time[:, -1] + 1,
+        mask=jnp.ones(len(obs), bool),
+    )
+    carry = jax.tree.map(lambda old, x: jnp.concatenate([old[:, 1:], x[:, None]], 1), carry, new)
+    action = state.actor.apply_fn(state.actor.params, carry)[:, -1]
+    return action, carry._replace(action=carry.action.at[:, -1].set(action))
+
+
+def report(run, returns, targets):
+    """What was asked for and what came of it; returns (S, E), see `asked`."""
+    target = asked(targets, returns.shape[1])
+    for value in dict.fromkeys(target):
+        run.log(f"Asked for {value:,.0f}, achieved {returns[:, target == value].mean():,.0f}.")
+
+
+def main(cfg: Config):
+    cfg = experiment.resolve(cfg, PAPER)  # --resume: the run's own config
+    data = datasets.load(cfg.env, cfg.env_id)
+    if cfg.targets is None:
+        cfg = replace(cfg, targets=(float(data.returns().max()),))
+    run = experiment.Run(cfg, data)
+    batch = data.steps()
+
+    keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))
+    fold = jax.vmap(jax.random.fold_in, (0, None))  # step 0 initialises, step n > 0 trains
+    start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
+    state = run.restore(start(fold(keys, 0), batch))
+    chunk = jax.jit(jax.vmap(partial(train_chunk, cfg=cfg), (0, None, 0)), donate_argnums=0)
+    policy = jax.jit(jax.vmap(partial(act, cfg=cfg), (0, 0, 0, 0, None)))
+    returns = np.zeros((cfg.num_seeds, 0))  # of a run that was finished before
+
+    for step in run.steps():  # eval_every, 2 eval_every, ..., num_updates
+        state, metrics = chunk(state, batch, fold(keys, step))
+        returns = evaluation.evaluate(
+            partial(policy, state), data.env_id, cfg.num_seeds, cfg.eval_episodes
+        )
+        run.record(step, metrics, returns)
+        run.save(step, state)
+    report(run, returns, cfg.targets)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
