@@ -62,7 +62,11 @@ def title(run):
     config = run["config"]
     if run["algorithm"] == "cql" and config["alpha"] == 0:
         return "SAC (cql --alpha 0)"
+    if run["algorithm"] == "diffuser":
+        return "Diffuser"
     name = run["algorithm"].upper()
+    if run["algorithm"] == "bc" and config["fraction"] < 1:
+        name = f"{config['fraction']:.0%}BC"
     if run["algorithm"] == "iql" and not config["normalize"]:
         name += " --no-normalize"
     return name + (f", beta {config['beta']:g}" if run["algorithm"] == "combo" else "")

@@ -38,9 +38,12 @@ SMALL = dict(batch_size=128, widths=(64, 64))
 TD = SMALL | dict(gamma=0.95)
 COMBO = dict(actor_lr=3e-4, model_widths=(64, 64), model_decay=(0.0,) * 3, max_epochs=30)
 COMBO |= dict(rollout_batch=1000, rho="model", beta=5.0)
+DT = dict(targets=(10.0,), rtg_scale=10.0, context=8, width=64, lr=1e-3, warmup=200)
+DT |= dict(num_updates=1000, eval_every=1000)
 RUNS = {  # who: (file, settings)
     "BC": ("bc", SMALL),
     "%BC, best half": ("bc", SMALL | dict(fraction=0.5)),
+    "DT, asked for 10": ("dt", DT),
     "AWAC": ("awac", TD | dict(lr=1e-3)),
     "IQL": ("iql", TD | dict(lr=1e-3, tau=0.9)),
     "CQL": ("cql", TD),
@@ -50,7 +53,7 @@ RUNS = {  # who: (file, settings)
 
 @dataclass(frozen=True)
 class Config:
-    updates: int = 8000  # gradient steps of each algorithm
+    updates: int = 8000  # gradient steps, where RUNS does not say
     seeds: int = 3  # of each algorithm, trained together
     episodes: int = 20  # from A, of each seed
     seed: int = 0  # first seed; of the data, too
@@ -105,6 +108,8 @@ def train(who, data, cfg):
     sizes |= dict(eval_every=cfg.updates, env=data.name)
     own = experiment.resolve(module.Config(**sizes | settings), getattr(module, "PAPER", {}))
     chunk, batch = partial(module.train_chunk, cfg=own), data.transitions()
+    if name in ("dt", "diffuser"):
+        batch = data.steps()
     if name == "bc":
         rows = module.best_episodes(data, own.fraction)
         batch = jax.tree.map(lambda x: x[rows], batch)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = [path.stem for path in sorted((ROOT / "algorithms").glob("*.py"))]
 SHORT = ["--num-updates", "100", "--eval-every", "50", "--eval-episodes", "2"]
 EXTRA = {
+    "dt": "--width 16 --layers 1 --context 5".split(),
     "combo": "--max-epochs 1 --rollout-every 25 --rollout-batch 1000".split(),
 }
 
@@ -76,6 +77,8 @@ def test_every_flag_parses(name):
         elif "Literal" in kind:
             expected = next(v for v in field.type.__args__ if v != value)
             words = [flag, expected]
+        elif value is None and "tuple" in kind:
+            words, expected = [flag, "0.125", "3"], (0.125, 3.0)
         elif isinstance(value, tuple):
             expected = tuple(2 * v for v in value)
             words = [flag, *map(str, expected)]

@@ -26,8 +26,9 @@ IDEA = {
 # and these, each text shared by the files between two bars: other kinds of policy and of data.
 VERSIONS = {
     "Actor": "awac bc iql | combo cql",
-    "act": "awac bc iql | combo cql",
-    "train_chunk": "awac bc cql iql | combo",
+    "act": "awac bc iql | combo cql | dt",
+    "minibatch": "awac bc combo cql iql | dt",
+    "train_chunk": "awac bc cql iql | combo | dt",
 }
 SHARED = """env env_id seed num_seeds num_updates eval_every eval_episodes out resume wandb
 batch_size gamma lr actor_lr critic_lr polyak widths normalize""".split()
