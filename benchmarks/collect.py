@@ -5,6 +5,7 @@
     medium-replay  everything that the medium policy's training saw, in order
     expert         the policy at the end of training
     medium-expert  medium and expert, half each
+    waypoint       PointMaze only: a controller walks to one drawn target after another
 
 Actions are sampled, a time limit is a truncation and never a termination. The result is a Minari
 dataset with its provenance: `<out>/stillwater/<env>/<kind>-v0/data/{metadata.json,main_data.hdf5}`.
@@ -36,13 +37,16 @@ import h5py
 import jax
 import jax.numpy as jnp
 import minari
-import mujoco
 import numpy as np
 import optax
 import tyro
 from flax import serialization, struct
 from flax.training.train_state import TrainState
 from minari.data_collector import EpisodeBuffer
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds benchmarks/ and common/
+from benchmarks import waypoints  # noqa: E402
+from common import evaluation, mazes  # noqa: E402
 
 # Returns that score 0 and 100, per environment: D4RL's (infos.py). Others are measured.
 REFERENCE = {
@@ -52,11 +56,15 @@ REFERENCE = {
     "Ant": (-325.6, 3879.7),
 }
 
+MADE_BY = {"random": "uniform actions", "waypoint": "waypoint controller"}  # the rest by SAC
+
 
 @dataclass(frozen=True)
 class Config:
-    env_id: str = "Hopper-v5"  # Gymnasium id; continuous actions, flat observations
-    kind: Literal["random", "medium", "medium-replay", "expert", "medium-expert"] = "medium"
+    env_id: str = "Hopper-v5"  # Gymnasium id
+    kind: Literal["random", "medium", "medium-replay", "expert", "medium-expert", "waypoint"] = (
+        "medium"
+    )
     seed: int = 0  # of SAC, of the environments, and of the recorded actions
     num_steps: int = 100_000  # transitions in the dataset, at most
     sac_steps: int = 1_000_000  # environment steps until the policy is called expert
@@ -198,16 +206,6 @@ def sample(actor, obs, key):
 def mode(actor, obs):
     """The policy's median action, shape (..., A)."""
     return actor.apply_fn(actor.params, obs).mode()
-
-
-def make_env(env_id):
-    """The environment with actions in [-1, 1]. SystemExit unless it is flat and continuous."""
-    mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model uses a deprecated attribute
-    env = gymnasium.make(env_id)
-    spaces = env.observation_space, env.action_space
-    if not all(isinstance(s, gymnasium.spaces.Box) and len(s.shape) == 1 for s in spaces):
-        raise SystemExit(f"{env_id}: needs flat observations and continuous actions, has {spaces}")
-    return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
 FIELDS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
@@ -401,7 +399,7 @@ def thin(rows, num_steps, rng):
 def record(cfg, env, goal):
     """Rows of the dataset (arrays of `FIELDS`), and facts about the policies behind them."""
     rng = np.random.default_rng([cfg.seed, 1])
-    envs = [make_env(cfg.env_id) for _ in range(10)]
+    envs = [evaluation.make(cfg.env_id) for _ in range(10)]
     if cfg.kind == "random":
         uniform = partial(rng.uniform, -1, 1, (len(envs), *env.action_space.shape))
         return cut(play(envs, lambda _: uniform(), rng, cfg.num_steps), cfg.num_steps), {}
@@ -433,7 +431,8 @@ def record(cfg, env, goal):
 
 def export(cfg, env, rows, ref_min, ref_max, source, about):
     """Writes `rows` as Minari dataset stillwater/<env>/<kind>-v0 below cfg.out; its path."""
-    name = f"stillwater/{cfg.env_id.rsplit('-', 1)[0].lower()}/{cfg.kind}-v0"
+    env_name = cfg.env_id.rsplit("-", 1)[0].lower().replace("_", "-")
+    name = f"stillwater/{env_name}/{cfg.kind}-v0"
     final = Path(cfg.out).resolve() / name
     temporary = final.with_name(f".{final.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -457,6 +456,7 @@ def export(cfg, env, rows, ref_min, ref_max, source, about):
             )
         )
     d = env.observation_space.shape
+    packages = ["gymnasium", "mujoco", *["gymnasium-robotics"] * (cfg.kind == "waypoint")]
     with warnings.catch_warnings():  # minari recommends an e-mail address and a permanent link
         warnings.filterwarnings("ignore", "`(code_permalink|author_email|eval_env)` is set to None")
         dataset = minari.create_dataset_from_buffers(
@@ -465,9 +465,9 @@ def export(cfg, env, rows, ref_min, ref_max, source, about):
             env=cfg.env_id,
             observation_space=gymnasium.spaces.Box(-np.inf, np.inf, d, np.float32),
             action_space=gymnasium.spaces.Box(low, high, dtype=np.float32),
-            algorithm_name="uniform actions" if cfg.kind == "random" else "SAC",
+            algorithm_name=MADE_BY.get(cfg.kind, "SAC"),
             author="Stillwater",
-            requirements=[f"{p}=={version(p)}" for p in ("gymnasium", "mujoco")],
+            requirements=[f"{p}=={version(p)}" for p in packages],
             description=f"{cfg.kind} data of {cfg.env_id}, by Stillwater's benchmarks/collect.py",
         )
     dataset.storage.update_metadata(
@@ -484,7 +484,7 @@ def export(cfg, env, rows, ref_min, ref_max, source, about):
                     "min": float(returns.min()),
                     "max": float(returns.max()),
                 },
-                "versions": {p: version(p) for p in ("jax", "gymnasium", "mujoco", "minari")},
+                "versions": {p: version(p) for p in ("jax", "minari", *packages)},
                 **about,
             },
         }
@@ -517,12 +517,29 @@ def compress(old, new):
             new.create_dataset(name, data=item[()], **(how if item.nbytes > 1024 else {}))
 
 
+def record_walk(cfg, env):
+    """Rows of a waypoint dataset, cut into episodes of the time limit, and reference returns."""
+    goal = mazes.GOALS[cfg.env_id.removeprefix("PointMaze_").rpartition("-v")[0]]
+    worst = waypoints.returns(env, 100, cfg.seed).mean()
+    best = waypoints.returns(env, 100, cfg.seed, goal).mean()
+    obs, action, reward, next_obs = waypoints.walk(env, cfg.num_steps, cfg.seed)
+    truncated = np.arange(1, cfg.num_steps + 1) % env.spec.max_episode_steps == 0
+    values = obs, action, reward, next_obs, np.zeros(cfg.num_steps, bool), truncated
+    source = "our own, not D4RL's: means of 100 episodes of uniform actions, and of the controller"
+    rows = dict(zip(FIELDS, values, strict=True))
+    return rows, (float(worst), float(best), source + " walking to the goal and staying there")
+
+
 def main(cfg: Config):
-    env = make_env(cfg.env_id)
-    ref_min, ref_max, source = reference(cfg, env)
-    goal = ref_min + cfg.medium_fraction * (ref_max - ref_min)
-    rows, about = record(cfg, env, goal)
-    path = export(cfg, env, rows, ref_min, ref_max, source, about)
+    env = evaluation.make(cfg.env_id)
+    if cfg.kind == "waypoint":
+        rows, ref = record_walk(cfg, env)
+        about = {}
+    else:
+        ref = reference(cfg, env)
+        goal = ref[0] + cfg.medium_fraction * (ref[1] - ref[0])
+        rows, about = record(cfg, env, goal)
+    path = export(cfg, env, rows, *ref, about)
     returns = episode_returns(rows)
     print(f"{path}: {len(rows['reward']):,} steps, {len(returns):,} episodes, return "
           f"{returns.mean():.1f} +- {returns.std():.1f}")  # fmt: skip

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from common import layouts, sources
+from common import layouts, mazes, sources
 from common.sources import REFERENCE, DatasetError  # noqa: F401
 
 FORMAT = 1  # of the cache; goes up whenever what is read from a file changes
@@ -198,6 +198,10 @@ def inspect_env(env_id) -> layouts.Env:
     """Sizes, action bounds and time limit of a registered environment. Raises DatasetError."""
     import gymnasium
 
+    try:
+        mazes.register(env_id)
+    except ImportError as error:
+        raise DatasetError(f"{env_id} cannot be made: {error}") from None
     if env_id not in gymnasium.registry:  # a "module:Env-v0" would import the module
         near = difflib.get_close_matches(env_id, gymnasium.registry, 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
@@ -209,7 +213,7 @@ def inspect_env(env_id) -> layouts.Env:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # v4 is out of date, and what D4RL's scores are on
-            env = gymnasium.make(env_id, disable_env_checker=True)
+            env = mazes.make(env_id)
             env.close()
     except Exception as error:  # whatever an environment's constructor may raise
         why = str(error).splitlines()[0] if str(error) else type(error).__name__

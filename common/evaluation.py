@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from common import mazes
+
 
 class EvaluationError(SystemExit):
     """Something a user can put right: uncaught, it prints its one message and exits with 1."""
@@ -40,7 +42,7 @@ def make(env_id, **kwargs):
     try:
         with warnings.catch_warnings():  # v4 is the right version for D4RL's data
             warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
-            env = gymnasium.make(env_id, disable_env_checker=True, **kwargs)
+            env = mazes.make(env_id, **kwargs)
     except (gymnasium.error.Error, ImportError) as error:
         raise EvaluationError(f"Gymnasium cannot make {env_id}: {error}") from error
     obs, action, limit = env.observation_space, env.action_space, env.spec.max_episode_steps
