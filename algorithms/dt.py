@@ -10,10 +10,11 @@ that led to the return asked for. No value, no bootstrapping.
 
 Run: python algorithms/dt.py --env halfcheetah-medium-v2 --targets 12000 6000
 
-Differs from the authors' code: all weights start from N(0, 0.02^2), as in GPT-2, there the
-embeddings and the head from PyTorch's defaults; observations are divided by std + 1e-3 (there
-1e-6); the last block computes the state tokens alone, from which actions are predicted; its heads
-for states and returns, which nothing trains, are left out.
+As the authors' code: dropout on the embeddings too, and steps after the 1000th share their time's
+embedding. Differs from it: all weights start from N(0, 0.02^2) as in GPT-2, there embeddings and
+head from PyTorch's defaults; observations are divided by std + 1e-3, there 1e-6; the last block
+computes the state tokens alone, which predict the actions, and there are no heads for states and
+returns, which nothing trains; without --targets one return is asked for, there two, each apart.
 """
 
 import sys
@@ -85,7 +86,7 @@ gpt2_dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
 
 
 class Dropout(nn.Module):
-    """nn.Dropout with 16 random bits an element instead of 64: on a CPU these bits cost time."""
+    """nn.Dropout with 16 random bits an element: its 64 are a fifth of an update on a CPU."""
 
     rate: float
 

@@ -52,7 +52,7 @@ def state(data):
 @pytest.fixture(scope="module")
 def batch(state, data):
     """Windows of 4, 2, 1, 2, 4 and 3 steps."""
-    return dt.minibatch(state, data, jnp.array([1, 7, 8, 9, 11, 13]), CFG)
+    return WINDOWS(state, data, jnp.array([1, 7, 8, 9, 11, 13]), CFG)
 
 
 def of_config(state, cfg):
@@ -63,6 +63,7 @@ def of_config(state, cfg):
 
 
 UPDATE = jax.jit(dt.update, static_argnums=3)
+WINDOWS = jax.jit(dt.minibatch, static_argnums=3)
 FORWARD = jax.jit(lambda state, window: state.actor.apply_fn(state.actor.params, window))
 ACT = jax.jit(dt.act, static_argnums=5)
 
@@ -191,7 +192,7 @@ def disturb(batch, field, step):
 @pytest.fixture(scope="module")
 def full(state, data):
     """Windows without padding."""
-    batch = dt.minibatch(state, data, jnp.array([0, 1, 3, 5, 11, 12]), CFG)
+    batch = WINDOWS(state, data, jnp.array([0, 1, 3, 5, 11, 12]), CFG)
     assert batch.mask.all()
     return batch
 
@@ -248,7 +249,7 @@ def test_times_beyond_the_table_share_its_last_row(state, full):
     ],
 )
 def test_window(row, rows, state, data):
-    window = jax.tree.map(lambda x: x[0], dt.minibatch(state, data, jnp.array([row]), CFG))
+    window = jax.tree.map(lambda x: x[0], WINDOWS(state, data, jnp.full(6, row), CFG))
     n = len(rows)
     np.testing.assert_array_equal(window.mask, [False] * (K - n) + [True] * n)
     episode = np.searchsorted(FIRST, row, "right") - 1
@@ -270,14 +271,31 @@ def test_every_row_begins_a_window_as_often(state, data, monkeypatch):
 
     def count(state, batch, key, cfg):
         first = jnp.take_along_axis(batch.obs[..., 0], batch.mask.argmax(1)[:, None], 1)
-        return state, {"share": jax.nn.one_hot(first.astype(int), rows).mean((0, 1))}
+        return state, {i: jnp.mean(first == i) for i in range(rows)}
 
     monkeypatch.setattr(dt, "update", count)
     cfg = replace(CFG, eval_every=5000)
-    share = jax.jit(partial(dt.train_chunk, cfg=cfg))(state, data._replace(obs=ids), KEY)[1][
-        "share"
-    ]
-    np.testing.assert_allclose(share, np.full(rows, 1 / rows), atol=5 * np.sqrt(1 / rows / 40_000))
+    share = jax.jit(partial(dt.train_chunk, cfg=cfg))(state, data._replace(obs=ids), KEY)[1]
+    share = np.array([share[i] for i in range(rows)])
+    np.testing.assert_allclose(share, 1 / rows, atol=5 * np.sqrt(1 / rows / 40_000))
+
+
+# --- The start ---
+
+
+def test_weights_start_as_gpt2s_and_nothing_but_observations_and_actions_is_read(data):
+    batch = datasets.Batch(data.obs, data.action, None, None, None)  # as when a run is loaded
+    fresh = INIT(KEY, batch, replace(CFG, normalize=False))
+    leaves = jax.tree.leaves_with_path(fresh.actor.params)
+    kinds = {"kernel": [], "embedding": [], "bias": [], "scale": []}
+    for path, x in leaves:
+        kinds[path[-1].key].append(np.ravel(x))
+    for kind, x in ((kind, np.concatenate(x)) for kind, x in kinds.items()):
+        mean, std = {"bias": (0, 0), "scale": (1, 0)}.get(kind, (0, 0.02))
+        assert abs(x.mean() - mean) <= 5 * std / np.sqrt(x.size)
+        assert abs(x.std() - std) <= 5 * std / np.sqrt(2 * x.size)
+    np.testing.assert_array_equal(fresh.obs_mean, np.zeros(D))
+    np.testing.assert_array_equal(fresh.obs_std, np.ones(D))
 
 
 # --- Optimiser ---
@@ -499,7 +517,7 @@ def test_a_seed_of_many_is_that_seed_alone(world, trained):
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
     start = jax.tree.map(lambda *x: jnp.stack(x), *(INIT(key, world, WORLD) for key in keys))
     many = jax.jit(jax.vmap(partial(dt.train_chunk, cfg=WORLD), (0, None, 0)))(start, world, keys)
-    batch = dt.minibatch(trained[0][0], world, jnp.arange(6), WORLD)
+    batch = WINDOWS(trained[0][0], world, jnp.arange(6), WORLD)
     for i, alone in enumerate(trained):
         mine = jax.tree.map(lambda x, i=i: x[i], many)
         pairs = [(FORWARD(state, batch), metrics) for state, metrics in (mine, alone)]
