@@ -10,9 +10,9 @@ that led to the return asked for. No value, no bootstrapping.
 
 Run: python algorithms/dt.py --env halfcheetah-medium-v2 --targets 12000 6000
 
-As the authors' code: dropout on the embeddings too; steps after the 1000th share its time embedding.
+As the authors' code: dropout on the embeddings, too; after step 1000 time stands still.
 Differs from it: all weights start from N(0, 0.02^2) as in GPT-2, there embeddings and
-head from PyTorch's defaults; observations are divided by std + 1e-3, there 1e-6; the last block
+head from PyTorch's; observations are divided by std + 1e-3, there 1e-6; the last block
 computes the state tokens alone, which predict the actions, and there are no heads for states and
 returns, which nothing trains; without --targets one return is asked for, there two, each apart.
 """
