@@ -519,7 +519,9 @@ def compress(old, new):
 
 def record_walk(cfg, env):
     """Rows of a waypoint dataset, cut into episodes of the time limit, and reference returns."""
-    goal = mazes.GOALS[cfg.env_id.removeprefix("PointMaze_").rpartition("-v")[0]]
+    goal = mazes.goal_cell(cfg.env_id)
+    if goal is None:
+        raise SystemExit(f"--kind waypoint needs PointMaze's UMaze, Medium or Large: {cfg.env_id}")
     worst = waypoints.returns(env, 100, cfg.seed).mean()
     best = waypoints.returns(env, 100, cfg.seed, goal).mean()
     obs, action, reward, next_obs = waypoints.walk(env, cfg.num_steps, cfg.seed)

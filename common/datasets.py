@@ -259,8 +259,8 @@ def cache_paths(source):
     stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     what = source._replace(path=str(source.path.resolve()))
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder, stamp = (hashlib.sha256(repr(x).encode()).hexdigest()[:16]
-                     for x in (what, (FORMAT, version("gymnasium"), stats)))  # fmt: skip
+    how = FORMAT, version("gymnasium"), mazes.installed(), stats
+    folder, stamp = (hashlib.sha256(repr(x).encode()).hexdigest()[:16] for x in (what, how))
     return Path(root, "stillwater", folder), stamp
 
 

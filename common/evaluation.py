@@ -185,7 +185,8 @@ def film(policy, env_id, path, episodes=1, seed=0):
     if model := getattr(env.unwrapped, "model", None):
         model.vis.quality.shadowsize = 0  # MuJoCo's shadows triple the time and leave blotches
         follow = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # or -1: none
-        env.unwrapped.mujoco_renderer.camera_id = follow
+        inner = getattr(env.unwrapped, "point_env", env.unwrapped)  # a maze holds its robot
+        inner.mujoco_renderer.camera_id = follow
     try:
         env.reset(seed=seed)
         env.render()

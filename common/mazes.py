@@ -7,7 +7,9 @@ limit. Starts are drawn anew for each episode.
 """
 
 import contextlib
+import importlib.util
 import io
+import os
 
 import gymnasium
 import numpy as np
@@ -15,8 +17,14 @@ import numpy as np
 GOALS = {"UMaze": (1, 1), "Medium": (6, 6), "Large": (7, 9)}  # (row, column)
 
 
+def goal_cell(env_id):
+    """The cell where the goal stands still, or None: it is drawn anew for each episode."""
+    kind, _, size = env_id.rpartition("-v")[0].partition("_")
+    return GOALS.get(size.removesuffix("Dense")) if kind == "PointMaze" else None
+
+
 class FlatMaze(gymnasium.Wrapper):
-    """PointMaze with flat observations, and with a goal at the cell `goal`, if there is one."""
+    """PointMaze with flat observations, and with a goal in the middle of the cell `goal`."""
 
     def __init__(self, env, goal):
         super().__init__(env)
@@ -26,7 +34,7 @@ class FlatMaze(gymnasium.Wrapper):
     def reset(self, *, seed=None, options=None):
         maze = self.unwrapped
         cell = None if self._goal is None else np.array(self._goal)
-        obs, info = self.env.reset(seed=seed, options={"goal_cell": cell})
+        obs, info = self.env.reset(seed=seed, options={"goal_cell": cell, **(options or {})})
         if cell is not None:  # there, but for the noise that the environment adds
             maze.goal = maze.maze.cell_rowcol_to_xy(cell)
             maze.update_target_site_pos()
@@ -46,13 +54,19 @@ def make(env_id, **kwargs):
     env = gymnasium.make(env_id, disable_env_checker=True, **kwargs)
     if not env_id.startswith("PointMaze_"):
         return env
-    size = env_id.removeprefix("PointMaze_").rpartition("-v")[0].removesuffix("Dense")
-    return FlatMaze(env, GOALS.get(size))
+    with contextlib.suppress(OSError):  # a copy of the model for each environment, else left behind
+        os.unlink(env.unwrapped.tmp_xml_file_path)
+    return FlatMaze(env, goal_cell(env_id))
+
+
+def installed():
+    """Whether the mazes' package is there."""
+    return importlib.util.find_spec("gymnasium_robotics") is not None
 
 
 def register(env_id):
     """Tell Gymnasium of the mazes, if env_id is one. Raises ImportError."""
-    if not env_id.startswith("PointMaze_"):
+    if not env_id.startswith(("PointMaze_", "AntMaze_")):
         return
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # it greets with news on another robot
