@@ -15,11 +15,12 @@ with the known states put into every x_t (inpainting).
 Run: python algorithms/diffuser.py --env halfcheetah-medium-v2 --plan-every 4 --ddim-steps 5
 
 Settings of the authors' code. Differs from it: a batch is one of 64, not two of 32; the average of
-the weights begins at once and moves at every step, there after 2,000 and at every tenth; beyond an
-episode's end the loss is masked, there zeros are learned; returns are learned divided by
-`return_scale`, and J is the number times it; the best plan is that of the largest J in the end,
-there before the last step; upsampling is a convolution of size 3 to two steps, there a transposed
-one of size 4; no attention at halfcheetah's horizon of 4.
+the weights begins at once and moves at every step, there after 2,000 and at every tenth; J trains
+as long as f, there 200,000 steps; beyond an episode's end the loss is masked, there zeros are
+learned; returns are learned divided by `return_scale`, and J is the number times it; the best plan
+is that of the largest J in the end, there before the last step; upsampling is a convolution of size
+3 to two steps, there a transposed one of size 4; no attention at halfcheetah's horizon of 4; LeCun
+for PyTorch's initialisation.
 """
 
 import sys
@@ -41,11 +42,13 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
 
 # The authors' values where they depend on the data; the longest name that fits, see Config.
-MAZE = dict(goal=True, plan_every=0, multiples=(1, 4, 8), diffusion_steps=256)
+MAZE = dict(
+    goal=True, plan_every=0, multiples=(1, 4, 8), diffusion_steps=256, action_weight=1.0
+)  # fmt: skip
 PAPER = {
     "default": dict(
         horizon=32, diffusion_steps=20, multiples=(1, 2, 4, 8), guide_scale=0.1, guide_stop=2,
-        goal=False, plan_every=1,
+        goal=False, plan_every=1, action_weight=10.0,
     ),
     "halfcheetah": dict(horizon=4, multiples=(1, 4, 8), guide_scale=0.001, guide_stop=4),
     "hopper-medium-expert": dict(guide_scale=0.0001, guide_stop=4),
@@ -78,11 +81,11 @@ class Config:
     multiples: tuple[int, ...] | None = None  # levels' widths / width; None: PAPER, else 1 2 4 8
     width: int = 32  # of the U-Net's first level
     ema: float = 0.995  # decay of the averaged weights, which plan
-    action_weight: float = 10.0  # of the first action in the loss
+    action_weight: float | None = None  # of the first action in the loss; None: PAPER, else 10
     end_return: float = -100.0  # added to the return at terminal states
     return_scale: float = 1_000.0  # returns are divided by it
     # --- Planning ---
-    goal: bool | None = None  # obs ends with a goal's x and y: plan to there; None: PAPER, else off
+    goal: bool | None = None  # obs are x, y, vx, vy, goal x, goal y; None: PAPER, else off
     samples: int = 64  # plans, of which the best is kept; 1 with a goal
     guide_scale: float | None = None  # w; None: PAPER, else 0.1
     guide_steps: int = 2  # gradient steps for each denoising step
@@ -334,7 +337,7 @@ def normalise(state, obs):
 
 def planned(obs, cfg):
     """What plans are made of: all of an observation (..., D) but the goal's place."""
-    return obs[..., :-2] if cfg.goal else obs
+    return obs[..., :4] if cfg.goal else obs  # D4RL's maze2d files have the goal in no column
 
 
 def minibatch(state, data, rows, cfg):
@@ -343,8 +346,9 @@ def minibatch(state, data, rows, cfg):
     With a goal, rows are moved to earlier ones, so that all windows are whole: their ends are used.
     """
     if cfg.goal:
-        time, length = data.time[rows], data.end[rows] - rows + data.time[rows]
-        rows = rows - time + time * (length - cfg.horizon + 1).clip(1) // length
+        time = data.time[rows]
+        whole = (data.end[rows] - rows + time - cfg.horizon + 1).clip(1)  # windows of the episode
+        rows = rows - time + time % whole
     index, mask = datasets.windows(rows, data.end, cfg.horizon)
     action = (data.action[index] - state.action_mean) / state.action_std
     obs = planned(normalise(state, data.obs[index]), cfg)
@@ -416,7 +420,9 @@ def plan(state, known, key, cfg, old=None):
 def act(state, carry, obs, reward, key, cfg):
     """Actions (E, A) for obs (E, D): the plan's own; with a goal, those that track its states."""
     first, last = planned(normalise(state, obs), cfg), None
-    if cfg.goal:  # at rest at the goal's x and y, which are the first columns of a state
+    if cfg.goal:  # to rest at the goal
+        if obs.shape[-1] != 6:
+            raise ValueError(f"Not x, y, vx, vy, goal x, goal y: observations {obs.shape}.")
         rest = jnp.zeros_like(obs).at[:, :2].set(obs[:, -2:])
         last = planned(normalise(state, rest), cfg)
     if carry is None:
@@ -451,6 +457,8 @@ def check(cfg):
     halvings = len(cfg.multiples) - 1
     if cfg.horizon % 2**halvings:
         raise SystemExit(f"--horizon {cfg.horizon}: must be a multiple of {2**halvings}.")
+    if cfg.width % 8 or cfg.width * cfg.multiples[-1] % 32:  # eight groups in every layer
+        raise SystemExit("--width must be a multiple of 8, and of 32 with the last of --multiples.")
     if cfg.plan_every > cfg.horizon:
         raise SystemExit(f"--plan-every {cfg.plan_every}: a plan has only {cfg.horizon} steps.")
     steps = cfg.ddim_steps or cfg.diffusion_steps

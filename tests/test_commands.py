@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = [path.stem for path in sorted((ROOT / "algorithms").glob("*.py"))]
 SHORT = ["--num-updates", "100", "--eval-every", "50", "--eval-episodes", "2"]
 EXTRA = {
+    "diffuser": "--width 16 --multiples 1 2 --horizon 4 --samples 2 --ddim-steps 2".split(),
     "dt": "--width 16 --layers 1 --context 5".split(),
     "combo": "--max-epochs 1 --rollout-every 25 --rollout-batch 1000".split(),
 }
@@ -78,7 +79,8 @@ def test_every_flag_parses(name):
             expected = next(v for v in field.type.__args__ if v != value)
             words = [flag, expected]
         elif value is None and "tuple" in kind:
-            words, expected = [flag, "0.125", "3"], (0.125, 3.0)
+            expected = (2, 3) if "int" in kind else (0.125, 3.0)
+            words = [flag, *map(str, expected)]
         elif isinstance(value, tuple):
             expected = tuple(2 * v for v in value)
             words = [flag, *map(str, expected)]

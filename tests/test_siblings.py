@@ -12,23 +12,17 @@ FILES = {path.stem: path.read_text("utf-8") for path in sorted(ALGORITHMS.glob("
 PAIRS = list(itertools.combinations(FILES, 2))
 
 # What holds an algorithm's idea may differ between any two files,
-IDEA = {
-    "Config",
-    "State",
-    "init",
-    "actor_loss",
-    "critic_loss",
-    "advantage",
-    "update",
-    "main",
-    "PAPER",
-}
+IDEA = {"Config", "State", "init", "update", "main", "PAPER"}
+IDEA |= {"actor_loss", "critic_loss", "value_loss", "model_loss", "advantage"}
 # and these, each text shared by the files between two bars: other kinds of policy and of data.
 VERSIONS = {
     "Actor": "awac bc iql | combo cql",
-    "act": "awac bc iql | combo cql | dt",
-    "minibatch": "awac bc combo cql iql | dt",
-    "train_chunk": "awac bc cql iql | combo | dt",
+    "act": "awac bc iql | combo cql | diffuser | dt",
+    "minibatch": "awac bc combo cql iql | diffuser | dt",
+    "train_chunk": "awac bc cql iql | combo | diffuser dt",
+    "Window": "diffuser | dt",
+    "Block": "diffuser | dt",
+    "check": "combo | diffuser",
 }
 SHARED = """env env_id seed num_seeds num_updates eval_every eval_episodes out resume wandb
 batch_size gamma lr actor_lr critic_lr polyak widths normalize""".split()
