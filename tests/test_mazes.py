@@ -106,6 +106,42 @@ def test_a_maze_without_a_chosen_goal_keeps_its_own():
     assert np.abs(obs[4:] - env.unwrapped.maze.cell_rowcol_to_xy(np.array([2, 2]))).max() <= 0.2501
 
 
+def test_only_d4rls_three_layouts_have_a_chosen_goal():
+    """The other layouts of the same size mark where their goals may be."""
+    for size in ("Open_Diverse_G", "Medium_Diverse_G", "Large_Diverse_GDense"):
+        env_id = f"PointMaze_{size}-v3"
+        env = evaluation.make(env_id)
+        cells = {tuple(env.unwrapped.maze.cell_xy_to_rowcol(env.reset(seed=seed)[0][4:]))
+                 for seed in range(20)}  # fmt: skip
+        marked = np.argwhere(np.array(env.unwrapped.maze.maze_map) == "g").tolist()
+        assert mazes.goal_cell(env_id) is None
+        assert len(marked) >= len(cells) > 1 and cells <= {tuple(cell) for cell in marked}
+
+
+@pytest.mark.parametrize("angle", [-0.4, 0.0, 0.6])
+def test_the_goals_edge_is_at_45_centimetres(angle):
+    """At rest on either side of it, off the walls: a step without force moves nothing."""
+    envs = evaluation.make(UMAZE), evaluation.make("PointMaze_UMazeDense-v3")
+    way = np.array([np.cos(angle), np.sin(angle)])
+    for far in (0.0, 0.449, 0.451, 0.49):
+        rewards = []
+        for env in envs:
+            env.reset(seed=0)
+            env.unwrapped.point_env.set_state([-1, 1] + far * way, np.zeros(2))
+            obs, reward, terminated, truncated, _ = env.step(np.zeros(2, np.float32))
+            np.testing.assert_allclose(np.linalg.norm(obs[:2] - [-1, 1]), far, atol=1e-6)
+            rewards.append(reward)
+            assert not terminated and not truncated
+        assert rewards == [far < 0.45, pytest.approx(np.exp(-far))]
+
+
+def test_mazes_are_made_in_silence():
+    """In a new process: their package greets whoever imports it first."""
+    code = f"from common import evaluation; evaluation.make({UMAZE!r}).reset(seed=0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_returns_count_every_step_at_the_goal_to_the_time_limit():
     """Against the plain environment, asked for the same goal and scored by hand."""
     act = partial(evaluation.stateless(lambda state, obs: to_goal(obs)), None)
@@ -295,6 +331,8 @@ def test_the_bundled_rows_are_the_environments_own_steps(data):
     maze = env.unwrapped
     reward = maze.compute_reward(data.next_obs[:, :2].astype(float), np.array([-1.0, 1.0]), {})
     np.testing.assert_array_equal(data.reward, reward)
+    near = np.linalg.norm(data.next_obs[:, :2] - [-1, 1], axis=1) <= 0.45
+    np.testing.assert_array_equal(data.reward, near)
     assert 0.03 < reward.mean() < 0.2
     rows = np.random.default_rng(0).integers(0, len(data.obs), 400)
     for i in rows:
