@@ -39,7 +39,7 @@ PAPER = {
     "default": dict(beta=3.0, scale_reward=False, shift_reward=0.0),
     "maze": dict(beta=10.0),
     "antmaze": dict(beta=10.0, shift_reward=-1.0),
-    **dict.fromkeys(("pen", "door", "hammer", "relocate"), dict(beta=10.0)),
+    **dict.fromkeys(("pen-", "door", "hammer", "relocate"), dict(beta=10.0)),
 }
 
 
