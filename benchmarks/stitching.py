@@ -40,10 +40,14 @@ COMBO = dict(actor_lr=3e-4, model_widths=(64, 64), model_decay=(0.0,) * 3, max_e
 COMBO |= dict(rollout_batch=1000, rho="model", beta=5.0)
 DT = dict(targets=(10.0,), rtg_scale=10.0, context=8, width=64, lr=1e-3, warmup=200)
 DT |= dict(num_updates=1000, eval_every=1000)
+DIFFUSER = dict(horizon=8, diffusion_steps=20, multiples=(1, 2), width=32, lr=1e-3, gamma=0.95)
+DIFFUSER |= dict(guide_scale=3.0, guide_stop=1, samples=16, end_return=0.0, return_scale=10.0)
+DIFFUSER |= dict(num_updates=2000, eval_every=2000, ddim_steps=10, plan_every=2)
 RUNS = {  # who: (file, settings)
     "BC": ("bc", SMALL),
     "%BC, best half": ("bc", SMALL | dict(fraction=0.5)),
     "DT, asked for 10": ("dt", DT),
+    "Diffuser": ("diffuser", DIFFUSER),
     "AWAC": ("awac", TD | dict(lr=1e-3)),
     "IQL": ("iql", TD | dict(lr=1e-3, tau=0.9)),
     "CQL": ("cql", TD),
@@ -109,7 +113,7 @@ def train(who, data, cfg):
     own = experiment.resolve(module.Config(**sizes | settings), getattr(module, "PAPER", {}))
     chunk, batch = partial(module.train_chunk, cfg=own), data.transitions()
     if name in ("dt", "diffuser"):
-        batch = data.steps()
+        batch = data.steps(getattr(own, "gamma", 1.0))
     if name == "bc":
         rows = module.best_episodes(data, own.fraction)
         batch = jax.tree.map(lambda x: x[rows], batch)

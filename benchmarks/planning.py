@@ -1,0 +1,163 @@
+"""What a plan costs: Diffuser's seconds for each environment step, and the score that they buy.
+
+    python benchmarks/planning.py runs/diffuser/... runs/diffuser/...
+
+measures the exact planner and faster ones (DDIM with fewer steps, several actions of a plan, a warm
+start from the plan before) on each run's first seed, into planning.json in benchmarks/results. With
+--no-scores only the times, which want an otherwise idle machine; what was scored before is kept.
+Of runs in a maze it also draws plans.png: plans, and the ways then walked.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))  # finds common/
+from common import datasets, evaluation, experiment  # noqa: E402
+
+EXACT = dict(plan_every=1, ddim_steps=0, warm_start=0, samples=64)
+VARIANTS = {  # the ways to plan towards a high return, and those towards a goal
+    False: {
+        "exact": EXACT,
+        "DDIM, 5 steps": EXACT | dict(ddim_steps=5),
+        "plan every 2": EXACT | dict(plan_every=2),
+        "plan every 4": EXACT | dict(plan_every=4),
+        "warm start, 5 steps": EXACT | dict(warm_start=5),
+        "16 samples": EXACT | dict(samples=16),
+        "DDIM 5, every 2, 16 samples": dict(ddim_steps=5, plan_every=2, warm_start=0, samples=16),
+    },
+    True: {
+        "exact, one plan": dict(plan_every=0),
+        "DDIM, 16 steps, one plan": dict(plan_every=0, ddim_steps=16),
+        "DDIM, 4 steps, one plan": dict(plan_every=0, ddim_steps=4),
+        "plan every 32": dict(plan_every=32),
+        "plan every 32, DDIM 4": dict(plan_every=32, ddim_steps=4),
+        "plan every 32, warm start 16": dict(plan_every=32, warm_start=16),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    runs: tyro.conf.Positional[tuple[str, ...]]  # run folders of diffuser.py
+    episodes: int = 10  # of each score
+    plans: int = 5  # timed, of which the median counts
+    scores: bool = True  # evaluate, too: slow
+    results: str = str(ROOT / "benchmarks/results")  # where everything goes
+
+
+def seconds(policy, obs, episodes, length, plans):
+    """Median over plans of the time that one environment step of `episodes` takes to plan.
+
+    length: environment steps that a plan serves; the first plan, made from nothing, does not count
+    unless it is the only one.
+    """
+    inputs = jnp.asarray(obs[None, :episodes]), jnp.zeros((1, episodes))
+    key, times = jax.random.key(0), []
+    _, begun = jax.block_until_ready(policy(None, *inputs, key))
+    jax.block_until_ready(policy(begun, *inputs, key))  # compiled
+    for _ in range(plans):
+        start, carry = time.perf_counter(), begun if length else None
+        for _ in range(length or 1):
+            _, carry = policy(carry, *inputs, key)
+        jax.block_until_ready(carry)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def measure(run, cfg, known):
+    """Rows of the table for one run; known: rows of an earlier time, for their scores."""
+    module, own, state = experiment.load(run)
+    data = datasets.load(own.env, own.env_id)
+    limit = evaluation.make(data.env_id).spec.max_episode_steps
+    state, rows = jax.tree.map(lambda x: x[:1], state), []
+    for name, settings in VARIANTS[own.goal].items():
+        policy = jax.jit(partial(module.act_all, cfg=replace(own, **settings)))
+        policy, every = partial(policy, state), settings["plan_every"]
+        row = {"dataset": own.env, "variant": name, "num_updates": own.num_updates}
+        row["folder"] = "/".join(Path(run).resolve().parts[-3:])
+        for episodes in (1, 10):
+            spent = seconds(policy, data.obs, episodes, every, cfg.plans)
+            row[f"ms_{episodes}"] = 1000 * spent / (every or limit)
+        if cfg.scores:
+            returns = evaluation.evaluate(policy, data.env_id, 1, cfg.episodes)
+            row |= {"returns": returns[0].tolist(), "scores": data.score(returns[0]).tolist()}
+        else:
+            old = [r for r in known if (r["folder"], r["variant"]) == (row["folder"], name)]
+            row |= {k: r[k] for r in old for k in ("returns", "scores") if k in r}
+        print({k: v for k, v in row.items() if k != "returns"}, flush=True)
+        rows.append(row)
+    return rows
+
+
+def walk(policy, env_id, episodes):
+    """Plans (E, H, 2) of x and y, made at the start, and the ways walked, a list of (T, 2)."""
+    plans, ways = [], []
+
+    def watched(carry, obs, reward, key):
+        action, carry = policy(carry, obs, reward, key)
+        plans.append(carry.x)
+        ways.append(obs[0, :, :2])
+        return action, carry
+
+    evaluation.evaluate(watched, env_id, 1, episodes)
+    return np.asarray(plans[0][0]), np.stack(ways, 1)
+
+
+def plot(run, path):
+    """Six episodes in a maze: what was planned, and where the point then went."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    module, own, state = experiment.load(run)
+    data = datasets.load(own.env, own.env_id)
+    state = jax.tree.map(lambda x: x[:1], state)
+    policy = partial(jax.jit(partial(module.act_all, cfg=own)), state)
+    plans, ways = walk(policy, data.env_id, 6)
+    mean, std = state.obs_mean[0, :2], state.obs_std[0, :2]
+    plans = np.asarray(plans[..., data.action.shape[1] :][..., :2] * std + mean)
+    maze = evaluation.make(data.env_id).unwrapped.maze
+    figure, axes = pyplot.subplots(2, 3, figsize=(9, 6.4))
+    for axis, planned, walked in zip(axes.flat, plans, ways, strict=True):
+        for i, line in enumerate(maze.maze_map):
+            for j, cell in enumerate(line):
+                if cell == 1:
+                    x, y = maze.cell_rowcol_to_xy(np.array([i, j]))
+                    axis.add_patch(pyplot.Rectangle((x - 0.5, y - 0.5), 1, 1, color="0.85"))
+        axis.plot(*walked.T, color="C1", lw=2.5, label="walked")
+        axis.plot(*planned.T, color="C0", lw=0, marker=".", ms=4, label="planned")
+        axis.plot(*walked[0], "ko", ms=6, label="start")
+        axis.plot(*data.obs[0, 4:6], "r*", ms=13, label="goal")
+        axis.set(xticks=[], yticks=[])
+        axis.set_aspect("equal")
+    axes[0, 0].legend(loc="center left", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main(cfg: Config):
+    results = Path(cfg.results)
+    results.mkdir(parents=True, exist_ok=True)
+    path = results / "planning.json"
+    known = json.loads(path.read_text("utf-8")) if path.exists() else []
+    rows = [row for run in cfg.runs for row in measure(run, cfg, known)]
+    path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    for run in cfg.runs:
+        if experiment.load(run)[1].goal:
+            plot(run, results / "plans.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
