@@ -114,6 +114,29 @@ def value_table(rows):
     return "\n".join(lines) + "\n"
 
 
+def planning_table(rows):
+    """Markdown of planning.py's numbers."""
+    names = ["dataset", "Diffuser's planner", "ms a step, 1 episode", "10 episodes", "score"]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        low, high = curve.interval(np.array([row["scores"]]))
+        score = (
+            f"{np.mean(row['scores']):.1f} [{low:.1f}, {high:.1f}], {len(row['scores'])} episodes"
+        )
+        cells = [row["dataset"], row["variant"], f"{row['ms_1']:.3g}", f"{row['ms_10']:.3g}", score]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def stitching_table(runs):
+    """Markdown of stitching.py's numbers."""
+    lines = ["| | " + " | ".join(runs) + " |", "|" + "---|" * (len(runs) + 1)]
+    for name, key in (("A to C", "to_C"), ("A to F", "to_F")):
+        cells = [f"{run[key]:.0%}" for run in runs.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(runs, path):
     """A panel for each dataset: return against updates, mean of the seeds and their range."""
     import matplotlib
@@ -124,7 +147,8 @@ def plot(runs, path):
     panels = defaultdict(list)
     for run in runs:
         panels[run["dataset"]].append(run)
-    colors = {name: f"C{i}" for i, name in enumerate(sorted({title(run) for run in runs}))}
+    names = sorted({title(run) for run in runs})
+    colors = dict(zip(names, pyplot.get_cmap("tab20").colors, strict=False))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.4), squeeze=False)
     for axis, (dataset, group) in zip(axes[0], sorted(panels.items()), strict=True):
         for run in sorted(group, key=title):
@@ -159,11 +183,20 @@ def main(cfg: Config):
     runs = [json.loads(p.read_text("utf-8")) for p in sorted((results / "runs").glob("*.json"))]
     if not runs:
         raise SystemExit(f"no runs in {results / 'runs'}")
-    values = json.loads((results / "values.json").read_text("utf-8"))
+    values, planning, stitching = (
+        json.loads((results / f"{name}.json").read_text("utf-8"))
+        for name in ("values", "planning", "stitching")
+    )
+    tables = {
+        "scores": table(runs),
+        "values": value_table(values),
+        "planning": planning_table(planning),
+        "stitching": stitching_table(stitching["runs"]),
+    }
     plot(runs, results / "curves.png")
     readme = ROOT / "README.md"
     text = readme.read_text("utf-8")
-    for mark, content in (("scores", table(runs)), ("values", value_table(values))):
+    for mark, content in tables.items():
         before, rest = text.split(f"<!-- {mark} -->\n")
         after = rest.split(f"<!-- end of {mark} -->")[1]
         text = f"{before}<!-- {mark} -->\n{content}<!-- end of {mark} -->{after}"

@@ -70,7 +70,7 @@ def plot(rows, path):
         axis.set(title=row["dataset"], xlabel="return asked for")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("return achieved")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    axes[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -61,7 +61,7 @@ def plot(path, title, columns, levels):
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(left=0)
-        axis.legend(frameon=False, loc="best", fontsize=9)
+        axis.legend(frameon=False, loc="lower right", fontsize=9)
     axes[0, 0].set_title(title, loc="left", fontsize=11)
     axes[-1, 0].set_xlabel("gradient updates")
     axes[-1, 0].xaxis.set_major_formatter(ticker.EngFormatter(sep=""))

@@ -30,7 +30,7 @@ import tyro
 from common import layouts, mazes, sources
 from common.sources import REFERENCE, DatasetError  # noqa: F401
 
-FORMAT = 1  # of the cache; goes up whenever what is read from a file changes
+FORMAT = 2  # of the cache; goes up whenever what is read from a file changes
 ARRAYS = ("obs", "action", "reward", "next_obs", "done", "start", "length")
 
 

@@ -119,12 +119,17 @@ class Reader:
         return values > 0
 
     def obs(self, field, env):
-        """(N, D) observations; of a goal-conditioned dict, `observation` and `desired_goal`."""
+        """(N, D) observations; of a goal-conditioned dict, `observation` and `desired_goal`.
+
+        AntMaze's `observation` lacks the place, which only `achieved_goal` tells: that comes first.
+        """
         if isinstance(self.item(field), h5py.Group):
-            parts = [self.array(f"{field}/{k}", 2) for k in ("observation", "desired_goal")]
-            if len(parts[0]) != len(parts[1]):
-                raise self.refusal(field, "observation and desired_goal differ in length")
-            values = np.concatenate(parts, 1)
+            names = ("achieved_goal", "observation", "desired_goal")
+            place, seen, goal = (self.array(f"{field}/{name}", 2) for name in names)
+            if len({len(place), len(seen), len(goal)}) > 1:
+                raise self.refusal(field, f"{', '.join(names)} differ in length")
+            told = np.array_equal(seen[:, : place.shape[1]], place)
+            values = np.concatenate([seen, goal] if told else [place, seen, goal], 1)
         else:
             values = self.array(field, 2)
         if (values.shape[1], env.obs_dim) == (111, 27) and not values[:, 27:].any():

@@ -77,7 +77,7 @@ def plot(data, path):
         axis.axvline(values.mean(), color="tab:red", label=f"mean {values.mean():,.4g}")
         axis.set(xlabel=label, ylabel="count")
         axis.ticklabel_format(axis="x", useOffset=False)
-        axis.legend()
+        axis.legend(loc="upper right")
     if data.ref_min is not None:
         score = axes[0, 0].secondary_xaxis("top", functions=scales(data))
         score.set_xlabel("normalised score")
@@ -85,7 +85,7 @@ def plot(data, path):
         axes[1, 1].hist(column, 60, range=(-1, 1), histtype="step", label=f"{i}")
     axes[1, 1].set(xlabel="action, by dimension", ylabel="count")
     if data.action.shape[1] <= 10:
-        axes[1, 1].legend(ncols=2)
+        axes[1, 1].legend(ncols=2, loc="upper right")
     figure.savefig(path, dpi=120)
 
 

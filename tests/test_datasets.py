@@ -364,6 +364,19 @@ def test_minari_references_and_goals(minari_home):
     assert datasets.load("own/goal-v0").ref_max is None
 
 
+def test_a_place_that_the_observation_lacks_comes_first(minari_home):
+    """As in Minari's antmaze, whose `observation` is the ant's joints alone."""
+    data = minari_home / "own/ant-v0/data"
+    episode = {
+        "observations/observation": np.zeros((4, 3)), "observations/desired_goal": np.ones((4, 2)),
+        "observations/achieved_goal": np.full((4, 2), 5), "actions": np.zeros((3, 1)),
+        "rewards": np.ones(3), "terminations": at(3, 0), "truncations": at(3, 2),
+    }  # fmt: skip
+    write(data / "main_data.hdf5", {f"episode_0/{k}": v for k, v in episode.items()})
+    (data / "metadata.json").write_text("{}")
+    assert datasets.load("own/ant-v0").obs.tolist() == [[5, 5, 0, 0, 0, 1, 1]] * 3
+
+
 def test_bundled_comes_first_and_needs_no_minari(minari_home, tmp_path, monkeypatch):
     make_minari()
     bundled = tmp_path / "data/own/pendulum"

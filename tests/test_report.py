@@ -30,6 +30,10 @@ def test_the_readmes_tables_are_the_results():
     assert section("scores") == report.table(runs)
     values = json.loads((RESULTS / "values.json").read_text("utf-8"))
     assert section("values") == report.value_table(values)
+    planning = json.loads((RESULTS / "planning.json").read_text("utf-8"))
+    assert section("planning") == report.planning_table(planning)
+    stitching = json.loads((RESULTS / "stitching.json").read_text("utf-8"))
+    assert section("stitching") == report.stitching_table(stitching["runs"])
 
 
 @pytest.mark.parametrize("path", sorted((RESULTS / "runs").glob("*.json")), ids=lambda p: p.stem)
