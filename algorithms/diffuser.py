@@ -1,8 +1,8 @@
 """Diffuser. Janner, Du, Tenenbaum, Levine 2022, arXiv:2205.09991.
 
-Planning as sampling: a diffusion model of trajectories (states and actions together), asked for one
-that begins where we are. Either the gradient of a learned return guides the sampling to good ones,
-or the end is given as well, the goal; both times the first action is taken, or the plan followed.
+Planning as sampling: a diffusion model of trajectories, states and actions together, is asked for
+one that begins at the present state. The gradient of a learned return guides it to a good one,
+whose actions are taken; or the last state, a goal, is given as well, and the states are tracked.
 
     q(x_t | x_0)          = N(sqrt(abar_t) x_0, (1 - abar_t) I)           the cosine schedule abar
     L(theta)              = E[ |x_0 - f(x_t, t)|^2 ]                      f predicts x_0
@@ -42,9 +42,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
 
 # The authors' values where they depend on the data; the longest name that fits, see Config.
-MAZE = dict(
-    goal=True, plan_every=0, multiples=(1, 4, 8), diffusion_steps=256, action_weight=1.0
-)  # fmt: skip
+MAZE = dict(goal=True, plan_every=0, action_weight=1.0, multiples=(1, 4, 8), diffusion_steps=256)
 PAPER = {
     "default": dict(
         horizon=32, diffusion_steps=20, multiples=(1, 2, 4, 8), guide_scale=0.1, guide_stop=2,
@@ -425,19 +423,19 @@ def act(state, carry, obs, reward, key, cfg):
             raise ValueError(f"Not x, y, vx, vy, goal x, goal y: observations {obs.shape}.")
         rest = jnp.zeros_like(obs).at[:, :2].set(obs[:, -2:])
         last = planned(normalise(state, rest), cfg)
+    known = first, last
+
+    def renew(old):
+        shifted = jnp.roll(old.x, -cfg.plan_every, 1)
+        shifted = shifted.at[:, -cfg.plan_every :].set(old.x[:, -1:])
+        return Plan(plan(state, known, key, cfg, shifted), jnp.int32(0))
+
     if carry is None:
-        carry = Plan(plan(state, (first, last), key, cfg), jnp.int32(0))
-    elif cfg.plan_every:
-
-        def renew(old):
-            shifted = jnp.roll(old.x, -cfg.plan_every, 1)
-            shifted = shifted.at[:, -cfg.plan_every :].set(old.x[:, -1:])
-            return Plan(plan(state, (first, last), key, cfg, shifted), jnp.int32(0))
-
-        carry = carry._replace(age=carry.age + 1)
-        carry = jax.lax.cond(carry.age >= cfg.plan_every, renew, lambda old: old, carry)
+        carry = Plan(plan(state, known, key, cfg), jnp.int32(0))
     else:
         carry = carry._replace(age=carry.age + 1)
+        if cfg.plan_every:
+            carry = jax.lax.cond(carry.age >= cfg.plan_every, renew, lambda old: old, carry)
     dim = len(state.action_mean)
     if not cfg.goal:
         return carry.x[:, carry.age, :dim] * state.action_std + state.action_mean, carry

@@ -88,3 +88,9 @@ def test_the_readmes_files_exist():
     makefile = (ROOT / "Makefile").read_text("utf-8")
     for target in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+def test_the_readme_counts_lines_truly():
+    counted = re.findall(r"\(algorithms/(\w+)\.py\) \|.*\| (\d+) \|", README)
+    files = {p.stem: len(p.read_text("utf-8").splitlines()) for p in ROOT.glob("algorithms/*.py")}
+    assert {name: int(lines) for name, lines in counted} == files
