@@ -387,3 +387,44 @@ def test_in_a_bandit_it_picks_the_better_action_where_bc_does_not():
     q = jax.vmap(lambda s, a: s.critic.apply_fn(s.critic.params, sides, a), (0, None))
     for sign, pays in ((0.6, 1.0), (-0.6, 0.0)):
         np.testing.assert_allclose(q(states, sign * sides), pays, atol=0.1)
+
+
+# --- A world with known values ---
+
+# Three states. In FIRST any action leads on to SECOND, for nothing; there a positive action pays 1,
+# any other nothing, and that is the end. Seven of ten actions of the data are negative. LOOP pays
+# 0.1 and leads to itself; only time limits end it, so that it is worth 0.1 / (1 - gamma).
+FIRST, SECOND, LOOP = range(3)
+
+
+def test_critics_value_the_policy_that_there_is():
+    """Of beta = 0, behaviour cloning, and of 10; not the data's actions, nor the best ones."""
+    rng, s = np.random.default_rng(0), np.arange(600) % 3
+    action = rng.uniform(0, 1, 600) * np.where(np.arange(600) % 10 < 3, 1, -1)
+    reward = np.select([s == SECOND, s == LOOP], [action > 0, 0.1], 0)
+    to = np.where(s == LOOP, LOOP, SECOND)
+    rows = Batch(np.eye(3)[s], action[:, None], reward, np.eye(3)[to], s == SECOND)
+    data = Batch(*(jnp.asarray(x, jnp.float32) for x in rows))
+    cfg = awac.Config(
+        widths=(32, 32), batch_size=64, eval_every=3000, lr=3e-3, polyak=0.05, gamma=0.8,
+        normalize=False, num_samples=4,
+    )  # fmt: skip
+    start = INIT(KEY, data, cfg)
+
+    @jax.jit
+    @jax.vmap
+    def train(beta):
+        """Critics' values of own actions by state, of the data's by row; how often own ones pay."""
+        state, _ = awac.train_chunk(start, data, KEY, replace(cfg, beta=beta))
+        obs = jnp.broadcast_to(jnp.eye(3), (2000, 3, 3))
+        own = state.actor.apply_fn(state.actor.params, obs).sample(seed=KEY).clip(-1, 1)
+        q = partial(state.critic.apply_fn, state.critic.params)
+        pays = jnp.mean(own[:, SECOND] > 0)
+        return q(obs, own).mean((0, 1)), q(data.obs, data.action).mean(0), pays
+
+    own, q, pays = train(jnp.array([0.0, 10.0]))
+    assert pays[0] < 0.5 and pays[1] > 0.8  # clones do what is common, AWAC what pays
+    np.testing.assert_allclose(own[:, SECOND], pays, atol=0.1)
+    np.testing.assert_allclose(own[:, LOOP], 0.1 / (1 - cfg.gamma), atol=0.1)
+    after = np.broadcast_to(cfg.gamma * pays[:, None], (2, 200))  # whatever the action in FIRST
+    np.testing.assert_allclose(q[:, s == FIRST], after, atol=0.1)
