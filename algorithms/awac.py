@@ -34,7 +34,7 @@ from flax.training.train_state import TrainState
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
 
-# The paper's values where they depend on the data; the longest name that fits, see Config.
+# The port's values where they depend on the data; the longest name that fits, see Config.
 PAPER = {
     "default": dict(beta=3.0, scale_reward=False, shift_reward=0.0),
     "maze": dict(beta=10.0),

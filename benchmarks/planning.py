@@ -40,7 +40,6 @@ VARIANTS = {  # the ways to plan towards a high return, and those towards a goal
         "DDIM, 16 steps, one plan": dict(plan_every=0, ddim_steps=16),
         "DDIM, 4 steps, one plan": dict(plan_every=0, ddim_steps=4),
         "plan every 32": dict(plan_every=32),
-        "plan every 32, DDIM 4": dict(plan_every=32, ddim_steps=4),
         "plan every 32, warm start 16": dict(plan_every=32, warm_start=16),
     },
 }
