@@ -6,6 +6,7 @@ from functools import partial
 
 import chex
 import diffuser
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -786,6 +787,112 @@ def test_sizes_that_do_not_fit_are_refused(wrong):
     diffuser.check(CFG)
     with pytest.raises(SystemExit, match="--"):
         diffuser.check(replace(CFG, **wrong))
+
+
+# --- The start, and what a run is fed ---
+
+
+class Dense(nn.Module):
+    """Stands for both networks: compiled at once."""
+
+    width: int
+    multiples: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x, t):
+        return nn.Dense(self.width)(x)
+
+
+@pytest.mark.parametrize("goal", [False, True])
+def test_a_fresh_state(goal, data, walk, monkeypatch):
+    """Statistics of all rows, averages that begin as the weights, Adam of `lr`; a goal has no J."""
+    monkeypatch.setattr(diffuser, "UNet", Dense)
+    monkeypatch.setattr(diffuser, "Return", Dense)
+    cfg, rows = (MAZE, walk) if goal else (CFG, data)
+    batch = datasets.Batch(rows.obs, rows.action, None, None, None)  # as when a run is loaded
+    state = diffuser.init(KEY, batch, cfg)
+    for name in ("obs", "action"):
+        x = f64(getattr(rows, name))
+        mean, std = x.mean(0), x.std(0)
+        if goal:
+            mean, std = (x.max(0) + x.min(0)) / 2, (x.max(0) - x.min(0)) / 2
+        np.testing.assert_allclose(getattr(state, f"{name}_mean"), mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(getattr(state, f"{name}_std"), std + 1e-3, rtol=1e-5)
+    names = ["model"] if goal else ["model", "value"]
+    assert list(state.ema) == names and (state.value is None) == goal
+    for name in names:
+        learner = getattr(state, name)
+        chex.assert_trees_all_equal(state.ema[name], learner.params)
+        after = learner.apply_gradients(grads=jax.tree.map(jnp.ones_like, learner.params))
+        expected = jax.tree.map(lambda x: x - cfg.lr, f64(learner.params))
+        chex.assert_trees_all_close(f64(after.params), expected, rtol=1e-5, atol=1e-6)
+    kernels = [getattr(state, name).params["params"]["Dense_0"]["kernel"] for name in names]
+    assert {kernel.shape[0] for kernel in kernels} == {A + 4 if goal else A + D}
+    assert goal or np.abs(kernels[0] - kernels[1]).max() > 0.1  # drawn by keys of their own
+
+
+def test_every_row_begins_a_window_as_often(state, data, monkeypatch):
+    """So episodes are drawn in proportion to their length; counted in train_chunk itself."""
+    rows = len(data.obs)
+    ids = jnp.arange(rows, dtype=jnp.float32)[:, None].repeat(D, 1)
+    state = state.replace(obs_mean=jnp.zeros(D), obs_std=jnp.ones(D))
+
+    def count(state, batch, key, cfg):
+        return state, {i: jnp.mean(batch.x[:, 0, A] == i) for i in range(rows)}
+
+    monkeypatch.setattr(diffuser, "update", count)
+    cfg = replace(CFG, eval_every=5000)
+    share = jax.jit(partial(diffuser.train_chunk, cfg=cfg))(state, data._replace(obs=ids), KEY)[1]
+    share = np.array([share[i] for i in range(rows)])
+    np.testing.assert_allclose(share, 1 / rows, atol=5 * np.sqrt(1 / rows / 30_000))
+
+
+def test_a_run_learns_discounted_returns_with_their_ends(monkeypatch):
+    class Data:
+        def steps(self, *args):
+            raise InterruptedError(*args)
+
+    monkeypatch.setattr(diffuser.datasets, "load", lambda *_: Data())
+    monkeypatch.setattr(diffuser.experiment, "Run", lambda *_: None)
+    with pytest.raises(InterruptedError) as asked:
+        diffuser.main(diffuser.Config(gamma=0.9, end_return=-7.0))
+    assert asked.value.args == (0.9, -7.0)
+
+
+def test_the_best_plan_is_that_of_the_largest_j_without_noise(state):
+    """All candidates of E episodes are the plans of E * samples episodes with one sample each."""
+    j = {"model": lambda x, t: 0.5 * x, "value": lambda x, t: (1 - t) * x.sum((1, 2))}
+    state, cfg = fake(state, **j), replace(CFG, samples=1, guide_stop=T, ddim_steps=1)
+    first = jnp.arange(E * D, dtype=jnp.float32).reshape(E, D)
+    plans = f64(PLAN(state, (jnp.repeat(first, 8, 0), None), KEY, cfg)).reshape(E, 8, H, A + D)
+    best = PLAN(state, (first, None), KEY, replace(cfg, samples=8))
+    expected = plans[np.arange(E), plans.sum((2, 3)).argmax(1)]
+    np.testing.assert_allclose(best, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_acting_for_several_seeds(state, monkeypatch):
+    """act_all is act for each of them: its own plans, statistics and observations."""
+
+    def plan(state, known, key, cfg, old=None):
+        x = state.ema["model"]["b"] + jax.random.normal(key, (E, H, A + D))
+        return diffuser.pin(x if old is None else x + old, known)
+
+    monkeypatch.setattr(diffuser, "plan", plan)
+    cfg, seeds = replace(CFG, plan_every=2), [small(state), small(state, 1)]
+    seeds[1] = seeds[1].replace(action_std=jnp.full(A, 2.0), obs_mean=jnp.ones(D))
+    states = jax.tree.map(lambda *x: jnp.stack(x), *seeds)
+    policy, one = (jax.jit(partial(f, cfg=cfg)) for f in (diffuser.act_all, diffuser.act))
+    carry, carries = None, [None, None]
+    for step in range(4):
+        key = jax.random.key(step)
+        obs, reward = jax.random.normal(key, (2, E, D)), jnp.ones((2, E))
+        action, carry = policy(states, carry, obs, reward, key)
+        chex.assert_shape(action, (2, E, A))
+        for i, alone in enumerate(seeds):
+            mine, carries[i] = one(alone, carries[i], obs[i], reward[i], key)
+            np.testing.assert_allclose(action[i], mine, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(carry.x[i], carries[i].x, rtol=1e-5, atol=1e-6)
+    assert np.abs(action[0] - action[1]).max() > 0.1
 
 
 # --- Seeds, and a small world ---
