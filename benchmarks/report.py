@@ -123,7 +123,8 @@ def planning_table(rows):
         score = (
             f"{np.mean(row['scores']):.1f} [{low:.1f}, {high:.1f}], {len(row['scores'])} episodes"
         )
-        cells = [row["dataset"], row["variant"], f"{row['ms_1']:.3g}", f"{row['ms_10']:.3g}", score]
+        times = [f"{row[k]:,.0f}" if row[k] >= 100 else f"{row[k]:.2g}" for k in ("ms_1", "ms_10")]
+        cells = [row["dataset"], row["variant"], *times, score]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
