@@ -36,6 +36,7 @@ VARIANTS = {  # the ways to plan towards a high return, and those towards a goal
         "DDIM 5, every 2, 16 samples": dict(ddim_steps=5, plan_every=2, warm_start=0, samples=16),
     },
     True: {
+        "no plan, straight to the goal": None,
         "exact, one plan": dict(plan_every=0),
         "DDIM, 16 steps, one plan": dict(plan_every=0, ddim_steps=16),
         "DDIM, 4 steps, one plan": dict(plan_every=0, ddim_steps=4),
@@ -73,6 +74,11 @@ def seconds(policy, obs, episodes, length, plans):
     return float(np.median(times))
 
 
+def straight(carry, obs, reward, key):
+    """What remains of Diffuser in a maze without its plan: the law that tracks it, on the goal."""
+    return (obs[..., 4:6] - obs[..., :2]) + (0 - obs[..., 2:4]), 0
+
+
 def measure(run, cfg, known):
     """Rows of the table for one run; known: rows of an earlier time, for their scores."""
     module, own, state = experiment.load(run)
@@ -80,8 +86,11 @@ def measure(run, cfg, known):
     limit = evaluation.make(data.env_id).spec.max_episode_steps
     state, rows = jax.tree.map(lambda x: x[:1], state), []
     for name, settings in VARIANTS[own.goal].items():
-        policy = jax.jit(partial(module.act_all, cfg=replace(own, **settings)))
-        policy, every = partial(policy, state), settings["plan_every"]
+        if settings is None:
+            policy, every = straight, 0
+        else:
+            policy = jax.jit(partial(module.act_all, cfg=replace(own, **settings)))
+            policy, every = partial(policy, state), settings["plan_every"]
         row = {"dataset": own.env, "variant": name, "num_updates": own.num_updates}
         row["folder"] = "/".join(Path(run).resolve().parts[-3:])
         for episodes in (1, 10):
