@@ -1,0 +1,41 @@
+"""planning.py's clock and its floor in the maze."""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import planning  # noqa: E402
+
+
+def test_straight_to_the_goal_by_hand():
+    obs = np.array([[[1.0, 2.0, 0.5, -1.0, -1.0, 1.0]]])
+    action, _ = planning.straight(None, obs, None, None)
+    np.testing.assert_array_equal(action, [[[-2.5, 0.0]]])
+
+
+def test_a_plan_is_timed_over_the_steps_that_it_serves():
+    """Every fourth step takes 20 ms, the first plan 0.3 s: 20 ms for four steps, thrice."""
+    calls = []
+
+    def policy(carry, obs, reward, key):
+        assert obs.shape == (1, 2, 6)
+        assert reward.shape == (1, 2)
+        age = 0 if carry is None else (carry + 1) % 4
+        time.sleep(0.3 if carry is None else 0.02 * (age == 0))
+        calls.append(age)
+        return None, age
+
+    spent = planning.seconds(policy, np.zeros((5, 6)), episodes=2, length=4, plans=3)
+    assert calls == [0, 1] + 3 * [1, 2, 3, 0]
+    assert 0.02 <= spent < 0.2
+
+
+def test_where_one_plan_serves_an_episode_it_is_the_first_that_counts():
+    def policy(carry, obs, reward, key):
+        time.sleep(0.05 if carry is None else 0)
+        return None, 0
+
+    assert 0.05 <= planning.seconds(policy, np.zeros((5, 6)), 1, 0, 3) < 0.5
