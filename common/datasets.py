@@ -6,20 +6,15 @@
 Look at one: python -m common.datasets NAME [--env-id Hopper-v5] [--plot FILE.png]
 
 A name becomes a file in sources.py, a file checked arrays in layouts.py; here those become
-episodes, kept in a flat cache ($XDG_CACHE_HOME/stillwater or ~/.cache/stillwater; safe to delete).
+episodes, kept by cache.py ($XDG_CACHE_HOME/stillwater or ~/.cache/stillwater; safe to delete).
 """
 
 import contextlib
 import difflib
-import hashlib
 import json
-import os
-import shutil
 import sys
-import tempfile
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,11 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from common import layouts, mazes, sources
+from common import cache, layouts, mazes, sources
 from common.sources import REFERENCE, DatasetError  # noqa: F401
-
-FORMAT = 2  # of the cache; goes up whenever what is read from a file changes
-ARRAYS = ("obs", "action", "reward", "next_obs", "done", "start", "length")
 
 
 class Batch(NamedTuple):
@@ -130,18 +122,18 @@ def load(name: str, env_id: str = "") -> Dataset:
     env_id: Gymnasium id to score a bare file on. Raises DatasetError, whose message says why.
     """
     source, origin = sources.find(name, env_id)
-    cache, stamp = cache_paths(source)
-    arrays, about = read_cache(cache / stamp) or (None, None)
+    folder, stamp = cache.paths(source)
+    arrays, about = cache.read(folder / stamp) or (None, None)
     if arrays is None:
         arrays, about = read(source, origin)
-        write_cache(cache, stamp, arrays, about)
+        cache.write(folder, stamp, arrays, about)
     for note in about["provenance"]["notes"]:
         print(f"{name}: {note}", file=sys.stderr)
     return Dataset(name=name, **arrays, **about)
 
 
 def read(source, origin):
-    """Reads and checks a file: (ARRAYS by name, the other fields of Dataset but its name)."""
+    """Reads and checks a file: (cache.ARRAYS by name, the other fields of Dataset but its name)."""
     path, notes, metadata = source.path, [], {}
     reader = layouts.Reader(path)
     sha256 = reader.sha256()
@@ -238,7 +230,7 @@ def reference(source, metadata, env_id):
 
 
 def flatten(rows: layouts.Rows, env):
-    """(ARRAYS by name, rows left out). Out go rows whose next_obs is unknown, unless terminal."""
+    """(cache.ARRAYS by name, rows left out): those whose next_obs is unknown, unless terminal."""
     keep = rows.known | rows.terminal
     episode = np.cumsum(np.r_[0, rows.end[:-1]])[keep]
     _, start, length = np.unique(episode, return_index=True, return_counts=True)
@@ -247,49 +239,7 @@ def flatten(rows: layouts.Rows, env):
     columns = rows.obs, action, rows.reward, rows.next_obs, rows.terminal
     columns = [np.ascontiguousarray(column[keep], np.float32) for column in columns]
     arrays = *columns, start.astype(np.int64), length.astype(np.int64)
-    return dict(zip(ARRAYS, arrays, strict=True)), int((~keep).sum())
-
-
-# --- Cache: plain .npy files; nothing that goes wrong with it stops a load ---
-
-
-def cache_paths(source):
-    """(folder of this source, name that changes with the files and with what reads them)."""
-    files = [source.path, source.path.with_name("metadata.json")]
-    stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-    what = source._replace(path=str(source.path.resolve()))
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    how = FORMAT, version("gymnasium"), mazes.installed(), stats
-    folder, stamp = (hashlib.sha256(repr(x).encode()).hexdigest()[:16] for x in (what, how))
-    return Path(root, "stillwater", folder), stamp
-
-
-def read_cache(folder):
-    """What write_cache wrote, or None."""
-    try:
-        about = json.loads((folder / "about.json").read_text())
-        arrays = {k: np.load(folder / f"{k}.npy", allow_pickle=False) for k in ARRAYS}
-        whole = all(len(arrays[k]) == arrays["length"].sum() for k in ARRAYS[:5])
-        return (arrays, about) if whole else None
-    except (OSError, ValueError, EOFError, KeyError):
-        return None
-
-
-def write_cache(folder, stamp, arrays, about):
-    """Into a temporary folder, then renamed; what stood there of an older content goes."""
-    part = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir():
-            shutil.rmtree(old, ignore_errors=True)
-        part = Path(tempfile.mkdtemp(dir=folder))
-        for name, array in arrays.items():
-            np.save(part / f"{name}.npy", array)
-        (part / "about.json").write_text(json.dumps(about))
-        part.rename(folder / stamp)
-    except (OSError, ValueError):  # a read-only home, a full disk: the next load reads the file
-        if part:
-            shutil.rmtree(part, ignore_errors=True)
+    return dict(zip(cache.ARRAYS, arrays, strict=True)), int((~keep).sum())
 
 
 def main(name: tyro.conf.Positional[str], env_id: str = "", plot: Path | None = None):
