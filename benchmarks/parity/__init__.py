@@ -1,0 +1,63 @@
+"""What the files of the parity checks share; needs numpy alone, so that it runs everywhere.
+
+A tree is a dict of dicts of arrays, as Flax keeps parameters; flat, its names are joined by "/".
+"""
+
+import numpy as np
+
+
+def tree_map(f, *trees):
+    """A tree of f(leaf, leaf, ...) from trees of one structure."""
+    if hasattr(trees[0], "items"):
+        return {name: tree_map(f, *(tree[name] for tree in trees)) for name in trees[0]}
+    return f(*trees)
+
+
+def flatten(tree, prefix=""):
+    """{"prefix/outer/inner": array} of a tree, names in sorted order."""
+    if not hasattr(tree, "items"):
+        return {prefix: np.asarray(tree)}
+    flat = {}
+    for name in sorted(tree):
+        flat |= flatten(tree[name], f"{prefix}/{name}" if prefix else name)
+    return flat
+
+
+def unflatten(flat, prefix):
+    """The tree below "prefix/" of a flat dict; an array where `prefix` is the name of one."""
+    if prefix in flat:
+        return flat[prefix]
+    tree = {}
+    for name, leaf in flat.items():
+        if name.startswith(prefix + "/"):
+            *outer, last = name[len(prefix) + 1 :].split("/")
+            node = tree
+            for key in outer:
+                node = node.setdefault(key, {})
+            node[last] = leaf
+    return tree
+
+
+def vector(tree):
+    """All leaves of a tree end to end, by sorted names: (n,)."""
+    return np.concatenate([leaf.ravel() for leaf in flatten(tree).values()])
+
+
+def scramble(tree, rng, scale=0.3):
+    """The same tree plus noise: no bias is 0 and no two networks are equal."""
+    noise = lambda x: (x + scale * rng.normal(size=np.shape(x))).astype(np.float32)  # noqa: E731
+    return tree_map(noise, tree)
+
+
+def to_linear(layer, dense):
+    """Writes a Dense, kernel (in, out), into a torch Linear, weight (out, in)."""
+    import torch
+
+    layer.weight.data = torch.tensor(np.ascontiguousarray(dense["kernel"].T))
+    layer.bias.data = torch.tensor(dense["bias"])
+
+
+def from_linear(layer, grad=False):
+    """The inverse of `to_linear`, for the parameters or for their gradients."""
+    weight, bias = (x.grad if grad else x.data for x in (layer.weight, layer.bias))
+    return {"kernel": weight.numpy().T.copy(), "bias": bias.numpy().copy()}
