@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+import types
+import typing
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -19,12 +21,32 @@ from common.checkpoint import RunError
 
 PROJECT = Path(__file__).resolve().parents[1]
 PACKAGES = ["jax", "jaxlib", "flax", "optax", "distrax", "gymnasium", "mujoco", "numpy"]
-RULES = {  # pattern of a field's name: what its value must be
-    "num_updates|eval_every|save_every|num_seeds|batch_size": ("at least 1", lambda x: x >= 1),
-    "seed|eval_episodes": ("at least 0", lambda x: x >= 0),
-    "gamma|polyak": ("between 0 and 1", lambda x: 0 <= x <= 1),
-    "(.+_)?lr": ("above 0", lambda x: 0 < x < math.inf),
-}
+RULES = {  # pattern of a field's name: what each number in it must be; else finite
+    "seed": ("from 0 to 2,147,483,647", lambda x: 0 <= x < 2**31),
+    "num_seeds": ("from 1 to 1,000", lambda x: 1 <= x <= 1_000),
+    "num_updates|(save|rollout)_every|batch_size|rollout_batch": (
+        "from 1 to 2,147,483,647", lambda x: 1 <= x < 2**31,
+    ),
+    "eval_every": ("from 1 to 10,000,000", lambda x: 1 <= x <= 10**7),  # a key for each update
+    "eval_episodes": ("from 0 to 10,000", lambda x: 0 <= x <= 10_000),
+    "(.+_)?widths?|layers|heads|multiples|max_time|context|horizon|diffusion_steps|samples": (
+        "from 1 to 16,384", lambda x: 1 <= x <= 2**14,
+    ),
+    "num_(samples|actions|members|elites)|retain|patience|max_epochs": (
+        "from 1 to 16,384", lambda x: 1 <= x <= 2**14,
+    ),
+    "warmup|guide_(steps|stop)|plan_every|ddim_steps|warm_start": (
+        "from 0 to 2,147,483,647", lambda x: 0 <= x < 2**31,
+    ),
+    "gamma|polyak|ema|tau": ("between 0 and 1", lambda x: 0 <= x <= 1),
+    "real_fraction": ("above 0 and below 1", lambda x: 0 < x < 1),
+    "dropout": ("at least 0 and below 1", lambda x: 0 <= x < 1),
+    "fraction": ("above 0, at most 1", lambda x: 0 < x <= 1),
+    "(.+_)?lr|(rtg|return)_scale": ("above 0", lambda x: 0 < x < math.inf),
+    "max_weight|clip": ("above 0", lambda x: x > 0),  # inf: none
+    "alpha|beta|(.+_)?(decay|weight)|guide_scale": ("at least 0", lambda x: 0 <= x < math.inf),
+    ".+": ("a finite number", lambda x: abs(x) < math.inf),
+}  # fmt: skip
 
 
 def resolve(cfg, paper=None):
@@ -34,21 +56,46 @@ def resolve(cfg, paper=None):
     within `cfg.env` the longest wins, then "default". RunError: an impossible value, or a flag that
     conflicts with the stored config (`resume`, `out` and `wandb` may differ).
     """
-    if cfg.resume:
-        return _resumed(cfg)
+    cfg = _resumed(cfg) if cfg.resume else cfg
     values, name = {}, re.sub("[^a-z0-9]+", "-", cfg.env.lower())
     for part in ["default", *sorted((part for part in paper or {} if part in name), key=len)]:
         values |= (paper or {}).get(part, {})
     cfg = dataclasses.replace(cfg, **{k: v for k, v in values.items() if getattr(cfg, k) is None})
     for name, value in vars(cfg).items():
-        for pattern, (rule, good) in RULES.items():
-            if re.fullmatch(pattern, name) and value is not None and not good(value):
-                raise RunError(f"{_flag(name)} {value}: must be {rule}.")
+        _check(name, value)
+    if cfg.seed + cfg.num_seeds > 2**31:
+        raise RunError(f"--seed {cfg.seed}: the last seed must be 2,147,483,647 or less.")
     total, every = cfg.num_updates, min(cfg.eval_every, cfg.num_updates)
     if total % every:
         near = f"{total // every * every} and {(total // every + 1) * every} are the nearest"
         raise RunError(f"--num-updates {total} is no multiple of --eval-every {every}: {near}.")
     return dataclasses.replace(cfg, eval_every=every)
+
+
+def _check(name, value):
+    """RunError unless `value`, or each number in it, is as RULES say; others than numbers pass."""
+    if isinstance(value, tuple):
+        if not value:
+            raise RunError(f"{_flag(name)}: needs at least one value.")
+        for one in value:
+            _check(name, one)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        rule, good = next(RULES[pattern] for pattern in RULES if re.fullmatch(pattern, name))
+        if not good(value):
+            raise RunError(f"{_flag(name)} {value}: must be {rule}.")
+
+
+def agree(cfg, data, window=""):
+    """RunError where a config contradicts its Dataset; window: the field that counts its steps."""
+    if cfg.eval_episodes and not data.env_id:
+        how = "name one with --env-id, or train unscored with --eval-episodes 0"
+        raise RunError(f"{data.name} has no environment to be scored on: {how}.")
+    if cfg.batch_size > (rows := len(data.obs)):
+        why = f"{data.name} has only {rows:,} transitions"
+        raise RunError(f"--batch-size {cfg.batch_size}: {why}. Choose a smaller one.")
+    if window and (size := getattr(cfg, window)) > (longest := data.length.max()):
+        why = f"the longest episode of {data.name} has {longest:,} steps"
+        raise RunError(f"{_flag(window)} {size}: {why}. Choose a smaller one.")
 
 
 def _resumed(cfg):
@@ -94,7 +141,23 @@ def build(kind, values, folder):
     unknown = ", ".join(values.keys() - {field.name for field in dataclasses.fields(kind)})
     if unknown:
         raise RunError(f"{folder / 'config.json'} has options unknown to this program: {unknown}.")
-    return kind(**{name: tuples(value) for name, value in values.items()})
+    values = {name: tuples(value) for name, value in values.items()}
+    for field in dataclasses.fields(kind):
+        if not _is(value := values.get(field.name, field.default), field.type):
+            raise RunError(f"{folder / 'config.json'} is damaged: {field.name} is {value!r}.")
+    return kind(**values)
+
+
+def _is(value, kind):
+    """Whether a value is of a field's type; an int will do for a float."""
+    inner = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return value in inner
+    if isinstance(kind, types.UnionType):
+        return any(_is(value, one) for one in inner)
+    if inner:  # tuple[kind, ...]
+        return isinstance(value, tuple) and all(_is(one, inner[0]) for one in value)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def algorithm(cfg):

@@ -26,6 +26,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 from rich.console import Console
 
 from common import checkpoint, config, curve, interrupt
@@ -38,6 +39,7 @@ from common.policy import Policy, pure
 __all__ = ["Run", "RunError", "TIMING", "load", "load_policy", "resolve"]
 
 TIMING = ("seconds", "updates_per_second")  # the columns in which equal runs differ: the last ones
+EXPLODED = 1e4  # a Q-value is, beyond so many times what any episode of the data could earn
 
 
 def load(run):
@@ -53,6 +55,8 @@ def load(run):
     _, saved = checkpoint.read(folder)
     if saved is None:
         raise RunError(f"{folder} has no checkpoint yet.")
+    for seed in _read_diverged(folder).values():
+        print(seed["message"], file=sys.stderr)
     return module, cfg, checkpoint.fill(template, saved)
 
 
@@ -65,20 +69,20 @@ def load_policy(run, seed_index=0):
 class Run:
     """One training run in `<out>/<algorithm>/<dataset>/<time>-s<seed>/`, new or resumed.
 
-    folder: its Path. step: that of the last checkpoint, 0 before the first.
+    folder: its Path. step: that of the last checkpoint, 0 before the first. window: name of the
+    field that tells how many steps of an episode are learned from at once, if it is not one.
     """
 
-    def __init__(self, cfg, data):
-        if cfg.eval_episodes and not data.env_id:
-            how = "name one with --env-id, or train unscored with --eval-episodes 0"
-            raise RunError(f"{data.name} has no environment to be scored on: {how}.")
+    def __init__(self, cfg, data, window=""):
+        config.agree(cfg, data, window)
         self.cfg, self.data, self.folder, self.step = cfg, data, Path(cfg.resume), 0
-        self._console, self._lines, self._returns, self._warned = Console(), [], {}, set()
+        self._console, self._lines, self._returns, self._diverged = Console(), [], {}, {}
         self._seconds, self._speeds, self._stopping = 0.0, [], False
         self._saved, self._facts = None, config.machine()
         with self._writing():
             self._reopen() if cfg.resume else self._create()
         self._seeds = cfg.seed + np.arange(cfg.num_seeds)
+        self._limit = max(1.0, float(np.abs(data.reward).max() * data.length.max())) * EXPLODED
         self._boards = Boards(self.folder, self._seeds, vars(cfg) if cfg.wandb else None)
         behaviour = self._outcome(data.returns())
         self.log(f"{data.name}: {len(data.obs):,} transitions, behaviour's {behaviour} an episode")
@@ -114,18 +118,29 @@ class Run:
         began, now = info["dataset"].get("sha256"), self.data.provenance.get("sha256")
         if began != now or info["dims"] != self._dims():
             raise RunError(f"{self.data.name} is not the data that {self.folder} began with.")
+        how = "Bring it back from a copy, or begin a new run"
         try:  # what came after the checkpoint is made again
             header, *lines = (self.folder / "metrics.csv").read_text("utf-8").splitlines()
             lines = [line for line in lines if int(line.split(",")[0]) <= self.step]
+            table = np.array([line.split(",") for line in lines], float)  # of one length
+            count = self.step // self.cfg.eval_every * self.cfg.num_seeds
+            if len(table) != count or (count and table.shape[1] != len(header.split(","))):
+                raise ValueError(f"not {count} whole rows up to step {self.step}")
             self._lines = [header, *lines]
-            self._seconds = float(lines[-1].split(",")[-2]) if lines else 0.0
+            self._seconds = float(table[-1, -2]) if count else 0.0
             returns = json.loads((self.folder / "returns.json").read_text("utf-8"))
             self._returns = {step: x for step, x in returns.items() if int(step) <= self.step}
-        except FileNotFoundError:
-            pass
-        except (ValueError, IndexError, AttributeError) as error:
-            name = "metrics.csv or returns.json"
-            raise RunError(f"{self.folder}: {name} is damaged: {error}.") from None
+            diverged = _read_diverged(self.folder)
+            self._diverged = {seed: x for seed, x in diverged.items() if x["step"] <= self.step}
+            shapes = {np.shape(np.array(x, float)) for x in self._returns.values()}
+            if shapes - {(self.cfg.num_seeds, self.cfg.eval_episodes)}:
+                raise ValueError(f"not {self.cfg.eval_episodes} returns of each seed")
+        except FileNotFoundError as error:
+            if self.step:
+                raise RunError(f"{error.filename} is missing. {how}.") from None
+        except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
+            name = "metrics.csv, returns.json or diverged.json"
+            raise RunError(f"{self.folder}: {name} is damaged: {error}. {how}.") from None
         changed = [name for name, value in self._facts.items() if value != info.get(name)]
         if changed:
             self.log(f"Note: another {' and '.join(changed)} than at the start; bits may differ.")
@@ -196,10 +211,14 @@ class Run:
         os._exit(130)
 
     def record(self, step, metrics, returns=None):
-        """To metrics.csv, returns.json, TensorBoard and the terminal; not finite: a warning.
+        """To metrics.csv, returns.json, TensorBoard and the terminal.
 
         metrics: {name: (S,)}, the same names each time; returns: (S, episodes), undiscounted, None:
         not evaluated. updates_per_second counts the time of the evaluation, too.
+
+        A seed has diverged when a metric of it is not finite, or a Q-value, a metric q_..., has
+        exploded. The others go on; its numbers are nan from then on, and its last good state is the
+        one that is saved. Raises RunError when no seed is left.
         """
         cfg, count = self.cfg, self.cfg.num_seeds
         metrics = {name: np.asarray(x) for name, x in metrics.items()}  # waits for the chunk
@@ -209,11 +228,13 @@ class Run:
         seconds = time.perf_counter() - self._begin
         self._seconds += seconds
         self._speeds.append(cfg.eval_every / seconds)
-        mean = std = np.full(count, np.nan)
+        mean, std, gone = np.full(count, np.nan), np.full(count, np.nan), self._gone()
         if returns is not None and np.size(returns):
+            returns = np.where(gone[:, None], np.nan, returns)
             mean, std = np.mean(returns, 1), np.std(returns, 1)
-            self._returns[str(step)] = np.asarray(returns).tolist()
-        columns = {"return_mean": mean, "return_std": std, "score": self.data.score(mean)} | metrics
+            self._returns[str(step)] = returns.tolist()
+        columns = {"return_mean": mean, "return_std": std, "score": self.data.score(mean)}
+        columns |= {name: np.where(gone, np.nan, x) for name, x in metrics.items()}
         timing = np.tile([self._seconds, self._speeds[-1]], (count, 1)).T.round(3)
         columns |= dict(zip(TIMING, timing, strict=True))
         header = ",".join(["step", "seed", *columns])
@@ -226,18 +247,38 @@ class Run:
             checkpoint.write(self.folder / "metrics.csv", "\n".join(self._lines) + "\n")
             checkpoint.write(self.folder / "returns.json", json.dumps(self._returns) + "\n")
             self._boards.write(step, columns)
-        self._progress(step, mean)
+        self._progress(step, mean[np.isfinite(mean)])
+        self._watch(step, metrics)
+
+    def _gone(self):
+        """(S,) bool: the seeds that have diverged."""
+        return np.isin(self._seeds.astype(str), [*self._diverged])
+
+    def _watch(self, step, metrics):
+        """Finds the seeds that have diverged in this chunk."""
+        before, good = self._gone(), f"its last good checkpoint is that of step {self.step:,}"
         for name, x in metrics.items():
-            for seed in self._seeds[~np.isfinite(x)]:
-                if (name, seed) not in self._warned:
-                    self._warned.add((name, seed))
-                    self.log(f"Warning: {name} of seed {seed} is not finite at step {step:,}.")
+            bad = ~np.isfinite(x) | (name.startswith("q_") & (np.abs(x) > self._limit))
+            for i in np.flatnonzero(bad & ~self._gone()):
+                what = f"Seed {self._seeds[i]} has diverged, {name} is {x[i]:.3g} at step {step:,}"
+                message = f"{what}: {good if self.step else 'it has no good checkpoint'}."
+                self._diverged[str(self._seeds[i])] = {"step": step, "message": message}
+        if (self._gone() == before).all():
+            return
+        with self._writing():
+            text = json.dumps(self._diverged, indent=1) + "\n"
+            checkpoint.write(self.folder / "diverged.json", text)
+        for i in np.flatnonzero(self._gone() & ~before):
+            self.log(self._diverged[str(self._seeds[i])]["message"])
+        if self._gone().all():
+            how = "Smaller learning rates, or a stronger penalty on Q, may help"
+            raise RunError(f"No seed is left, {_short(self.folder)} ends at step {step:,}. {how}.")
 
     def _progress(self, step, mean):
         total, speed = self.cfg.num_updates, self._speeds[-1]
         left = timedelta(seconds=round((total - step) / speed))
         compiled = "" if self._speeds[1:] else " (with compiling)"
-        outcome = f"  {self._outcome(mean)}" if np.isfinite(mean).all() else ""
+        outcome = f"  {self._outcome(mean)}" if mean.size else ""
         line = f"{step:{len(f'{total:,}')},}/{total:,}  {step / total:4.0%}"
         self.log(f"{line}  {speed:,.0f} updates/s{compiled}  {left} left{outcome}")
         hours = total / speed / 3600
@@ -252,8 +293,20 @@ class Run:
         due = step % getattr(self.cfg, "save_every", every) < every
         if due or self._stopping or step == self.cfg.num_updates:
             with self._writing():
-                checkpoint.save(self.folder, step, state)
+                checkpoint.save(self.folder, step, self._good(state))
             self.step = step
+
+    def _good(self, state):
+        """`state`, but for the seeds that have diverged the one of the last checkpoint."""
+        gone = self._gone()
+        _, saved = checkpoint.read(self.folder) if gone.any() else (0, None)
+        if saved is None:
+            return state
+
+        def mend(x, good):
+            return np.where(gone.reshape(-1, *[1] * (x.ndim - 1)), good, x)
+
+        return jax.tree.map(mend, serialization.to_state_dict(jax.device_get(state)), saved)
 
     def finish(self):
         """curve.png, and the last lines: score, its interval, how to film the policy."""
@@ -265,6 +318,11 @@ class Run:
         columns = dict(zip(header, np.moveaxis(table, -1, 0), strict=True))
         levels = np.array([data.returns().mean(), data.returns().max()])
         last = np.array(self._returns.get(str(self.cfg.num_updates), []))
+        if self._diverged:  # what follows is about the others
+            for seed in self._diverged.values():
+                self.log(seed["message"])
+            columns = {name: x[:, ~self._gone()] for name, x in columns.items()}
+            last = last[~self._gone()] if last.size else last
         name = "return"
         if np.isfinite(data.score(levels)).all():
             name, levels, last = "score", data.score(levels), data.score(last)
@@ -276,6 +334,12 @@ class Run:
         self.log(f"Curve: {_short(path)}")
         folder = shlex.quote(_short(self.folder))
         self.log(f"Video: python -m common.evaluation {folder} --video run.mp4")
+
+
+def _read_diverged(folder):
+    """{seed: {"step": ..., "message": ...}} of a run's seeds that have diverged."""
+    path = folder / "diverged.json"
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def _short(path):
