@@ -61,3 +61,14 @@ def from_linear(layer, grad=False):
     """The inverse of `to_linear`, for the parameters or for their gradients."""
     weight, bias = (x.grad if grad else x.data for x in (layer.weight, layer.bias))
     return {"kernel": weight.numpy().T.copy(), "bias": bias.numpy().copy()}
+
+
+def random_batches(rng, count=3, rows=32, obs_dim=3, action_dim=2):
+    """Fields of `count` Batches, stacked on axis 0; a third of the rows is done."""
+    return {
+        "obs": rng.normal(size=(count, rows, obs_dim)).astype(np.float32),
+        "action": rng.uniform(-0.95, 0.95, (count, rows, action_dim)).astype(np.float32),
+        "reward": rng.normal(size=(count, rows)).astype(np.float32),
+        "next_obs": rng.normal(size=(count, rows, obs_dim)).astype(np.float32),
+        "done": (rng.random((count, rows)) < 1 / 3).astype(np.float32),
+    }

@@ -1,0 +1,163 @@
+"""IQL beside its authors' code.
+
+Theirs: `Learner` of learner.py holds the networks; `update_v` and `update_q` of critic.py and
+`update` of actor.py give the losses, and their gradients by an optimiser that keeps what it is
+handed; `Learner.update` does the whole updates. Nothing is stubbed; two things that later versions
+changed are given back, `jax.tree_multimap` and Flax's frozen parameters. Out of play: the
+initialisation, by our weights for theirs; standardisation and the scale of rewards, which happen
+outside of an update in both.
+
+Weights: their Critic_0 and Critic_1 are our members 0 and 1 on axis 0; their policy's last layer
+stands beside its MLP, ours is the MLP's last; their log_stds is our log_std.
+"""
+
+import numpy as np
+
+from benchmarks.parity import flatten, random_batches, scramble, tree_map, unflatten, vector
+
+PEER = dict(
+    name="authors (implicit_q_learning)",
+    repository="https://github.com/ikostrikov/implicit_q_learning",
+    commit="09d700248117881a75cb21f0adb95c6c8a694cb2",
+    environment="jax==0.4.13 jaxlib==0.4.13 flax==0.7.2 optax==0.1.7 tensorflow-probability==0.21 "
+    "scipy<1.13 numpy<1.27",
+)
+# Large steps, so that three updates show; num_updates is short, so that the actor's rate falls.
+SETTINGS = dict(
+    widths=(16, 16), gamma=0.9, lr=1e-2, polyak=0.1, tau=0.8, beta=3.0, num_updates=6,
+    normalize=False,
+)  # fmt: skip
+
+
+LOSSES = ("value", "actor", "critic")  # in the order of an update
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    batches = random_batches(rng)
+    _, state = start(batches)
+    params = {name: scramble(getattr(state, name).params["params"], rng) for name in LOSSES}
+    params["target"] = scramble(state.target["params"], rng)
+    return flatten({"batch": batches, "params": params})
+
+
+def start(batches):
+    """Our settings and fresh state."""
+    import jax
+
+    from algorithms import iql
+    from common.datasets import Batch
+
+    cfg = iql.Config(**SETTINGS)
+    return cfg, iql.init(jax.random.key(0), Batch(**tree_map(lambda x: x[0], batches)), cfg)
+
+
+def ours(inputs):
+    import jax
+
+    from algorithms import iql
+    from common.datasets import Batch
+
+    batches, params = unflatten(inputs, "batch"), unflatten(inputs, "params")
+    cfg, state = start(batches)
+    nets = {n: getattr(state, n).replace(params={"params": params[n]}) for n in LOSSES}
+    state = state.replace(target={"params": params["target"]}, **nets)
+
+    out, infos = {}, []
+    for i in range(3):
+        batch = Batch(**tree_map(lambda x, i=i: x[i], batches))
+        if i == 0:
+            for name in LOSSES:
+                loss = jax.value_and_grad(getattr(iql, f"{name}_loss"), has_aux=True)
+                (value, _), grad = loss(getattr(state, name).params, state, batch, cfg)
+                out |= {f"{name} loss": value, f"{name} gradient": vector(grad)}
+        state, info = jax.jit(iql.update, static_argnums=3)(state, batch, None, cfg)
+        infos.append(info)
+    for name in LOSSES:
+        out[f"{name} loss of 3 updates"] = np.array([info[f"{name}_loss"] for info in infos])
+        out[f"{name} after 3 updates"] = vector(getattr(state, name).params)
+    return out | {"target after 3 updates": vector(state.target)}
+
+
+def theirs(inputs, checkout):
+    import sys
+
+    import flax
+    import jax
+    import optax
+
+    sys.path.insert(0, checkout)
+    jax.tree_multimap = jax.tree_util.tree_map
+    flax.config.update("flax_return_frozendict", True)
+    import actor
+    import critic
+    import learner as authors
+
+    import common
+
+    batches, params = unflatten(inputs, "batch"), unflatten(inputs, "params")
+    b = [
+        common.Batch(x["obs"], x["action"], x["reward"], 1 - x["done"], x["next_obs"])
+        for x in (tree_map(lambda x, i=i: x[i], batches) for i in range(3))
+    ]
+    learner = authors.Learner(
+        0, b[0].observations, b[0].actions, hidden_dims=SETTINGS["widths"],
+        actor_lr=SETTINGS["lr"], value_lr=SETTINGS["lr"], critic_lr=SETTINGS["lr"],
+        discount=SETTINGS["gamma"], tau=SETTINGS["polyak"], expectile=SETTINGS["tau"],
+        temperature=SETTINGS["beta"], max_steps=SETTINGS["num_updates"],
+    )  # fmt: skip
+    learner.actor = load(learner.actor, to_actor(params["actor"]))
+    learner.critic = load(learner.critic, to_critic(params["critic"]))
+    learner.target_critic = load(learner.target_critic, to_critic(params["target"]))
+    learner.value = load(learner.value, params["value"])
+
+    keep = optax.GradientTransformation(lambda p: p, lambda g, s, p: (g, g))  # its state is g
+
+    def keeping(model):
+        return model.replace(tx=keep, opt_state=model.params)
+
+    out, back = {}, {"value": dict, "actor": from_actor, "critic": from_critic}
+    target, args = learner.target_critic, (b[0], SETTINGS["gamma"])
+    models = {
+        "value": critic.update_v(target, keeping(learner.value), b[0], SETTINGS["tau"]),
+        "actor": actor.update(
+            learner.rng, keeping(learner.actor), target, learner.value, b[0], SETTINGS["beta"]
+        ),
+        "critic": critic.update_q(keeping(learner.critic), learner.value, *args),
+    }
+    for name, (model, info) in models.items():
+        gradient = vector(back[name](model.opt_state))
+        out |= {f"{name} loss": info[f"{name}_loss"], f"{name} gradient": gradient}
+
+    infos = [learner.update(batch) for batch in b]
+    for name in models:
+        out[f"{name} loss of 3 updates"] = np.array([info[f"{name}_loss"] for info in infos])
+        out[f"{name} after 3 updates"] = vector(back[name](getattr(learner, name).params))
+    return out | {"target after 3 updates": vector(from_critic(learner.target_critic.params))}
+
+
+def load(model, params):
+    """Their Model with these parameters; they must have the structure of its own."""
+    from flax.core import freeze
+
+    shapes = [{k: np.shape(x) for k, x in flatten(p).items()} for p in (model.params, params)]
+    assert shapes[0] == shapes[1]
+    return model.replace(params=freeze(params))
+
+
+def to_actor(params):
+    hidden = dict(params["MLP_0"])
+    return {"Dense_0": hidden.pop("Dense_2"), "MLP_0": hidden, "log_stds": params["log_std"]}
+
+
+def from_actor(params):
+    layers = dict(params["MLP_0"]) | {"Dense_2": params["Dense_0"]}
+    return {"MLP_0": layers, "log_std": params["log_stds"]}
+
+
+def to_critic(params):
+    return {f"Critic_{i}": tree_map(lambda x, i=i: x[i], params) for i in range(2)}
+
+
+def from_critic(params):
+    return tree_map(lambda *x: np.stack(x), params["Critic_0"], params["Critic_1"])
