@@ -153,18 +153,24 @@ def act(state, obs):
 
 
 def best_episodes(data, fraction):
-    """Rows (N,) bool of the share of the episodes with the largest returns, at least of one."""
+    """Rows (N,) bool of the share of the episodes with the largest returns, rounded down."""
     order = np.argsort(-data.returns(), kind="stable")
+    count = int(round(fraction * len(order), 6))  # 0.29 of 100, a little below 29 in floats, is 29
+    if count == 0:
+        raise SystemExit(f"--fraction {fraction} of {len(order)} episodes is none: raise it.")
     best = np.zeros(len(order), bool)
-    best[order[: max(1, int(fraction * len(order)))]] = True
+    best[order[:count]] = True
     return np.repeat(best, data.length)
 
 
 def main(cfg: Config):
     cfg = experiment.resolve(cfg)  # --resume: the run's own config
     data = datasets.load(cfg.env, cfg.env_id)
-    run = experiment.Run(cfg, data)
     rows = best_episodes(data, cfg.fraction)
+    if cfg.fraction < 1 and rows.sum() < cfg.batch_size:
+        left = f"leaves {rows.sum():,} transitions, fewer than --batch-size {cfg.batch_size}"
+        raise SystemExit(f"--fraction {cfg.fraction} {left}.")
+    run = experiment.Run(cfg, data)
     batch = jax.tree.map(lambda x: x[rows], data.transitions())
 
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))

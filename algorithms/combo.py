@@ -524,6 +524,8 @@ def check(cfg):
         raise SystemExit("--real-fraction must leave rows of the data and of the model.")
     if len(cfg.model_decay) != len(cfg.model_widths) + 1:
         raise SystemExit("--model-decay needs one value more than --model-widths.")
+    if (size := cfg.num_seeds * cfg.retain * cfg.rollout_batch * cfg.horizon) > 10**9:
+        raise SystemExit(f"--retain, --rollout-batch, --horizon: {size:,} rows are too many.")
 
 
 def main(cfg: Config):
@@ -531,15 +533,17 @@ def main(cfg: Config):
     check(cfg)
     data = datasets.load(cfg.env, cfg.env_id)
     terminal = evaluation.termination(data.env_id) if cfg.termination else never
-    run = experiment.Run(cfg, data)
     batch = data.transitions()
+    known = (batch.done == 0) | (batch.next_obs != batch.obs).any(-1)  # see datasets.Batch
+    if known.sum() < 5:  # one of them for the holdout
+        raise SystemExit(f"{data.name}: a model needs 5 rows whose next_obs is known, or more.")
+    run = experiment.Run(cfg, data)
 
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))
     fold = jax.vmap(jax.random.fold_in, (0, None))  # step 0 initialises, step n > 0 trains
     start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
     state = run.restore(start(fold(keys, 0), batch))
     if run.step == 0:
-        known = (batch.done == 0) | (batch.next_obs != batch.obs).any(-1)  # see datasets.Batch
         steps = jax.tree.map(lambda x: x[known], batch)
         state = state.replace(dynamics=fit_dynamics(fold(keys, 0), steps, cfg, run.log))
     chunk = partial(train_chunk, cfg=cfg, terminal=terminal)

@@ -468,7 +468,9 @@ def main(cfg: Config):
     cfg = experiment.resolve(cfg, PAPER)  # --resume: the run's own config
     check(cfg)
     data = datasets.load(cfg.env, cfg.env_id)
-    run = experiment.Run(cfg, data)
+    if cfg.goal and data.obs.shape[1] not in (4, 6):
+        raise SystemExit(f"--goal: {data.name} is no maze, its observations are not x, y, vx, vy.")
+    run = experiment.Run(cfg, data, window="horizon")
     batch = data.steps(cfg.gamma, cfg.end_return)
 
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))

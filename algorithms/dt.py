@@ -267,12 +267,21 @@ def report(run, returns, targets):
         run.log(f"Asked for {value:,.0f}, achieved {returns[:, target == value].mean():,.0f}.")
 
 
+def check(cfg):
+    """SystemExit where the sizes do not fit."""
+    if cfg.width % cfg.heads:
+        raise SystemExit(f"--heads {cfg.heads}: must divide --width {cfg.width}.")
+    if 0 < cfg.eval_episodes < len(cfg.targets or ()):
+        raise SystemExit(f"--targets: {len(cfg.targets)} of them need as many --eval-episodes.")
+
+
 def main(cfg: Config):
     cfg = experiment.resolve(cfg, PAPER)  # --resume: the run's own config
+    check(cfg)
     data = datasets.load(cfg.env, cfg.env_id)
     if cfg.targets is None:
         cfg = replace(cfg, targets=(float(data.returns().max()),))
-    run = experiment.Run(cfg, data)
+    run = experiment.Run(cfg, data, window="context")
     batch = data.steps()
 
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))

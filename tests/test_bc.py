@@ -170,12 +170,22 @@ FIVE = episodes([1, 1, 1], [5], [-0.5, 0, 0, 0, -0.5], [-4, 9], [2, 2])
         (0.59, [1, 3]),  # a share of 2.95 episodes are 2
         (0.4, [1, 3]),
         (0.2, [1]),  # of equal ones the earlier
-        (0.1, [1]),  # at least one
-        (0.0, [1]),
     ],
 )
 def test_best_episodes(fraction, best):
     assert kept(FIVE, fraction) == best
+
+
+def test_a_share_is_of_what_was_typed():
+    """0.29 * 100 is 28.999999999999996."""
+    assert 0.29 * 100 < 29
+    assert len(kept(episodes(*([i] for i in range(100))), 0.29)) == 29
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.1, 0.19])
+def test_a_share_without_an_episode_is_refused(fraction):
+    with pytest.raises(SystemExit, match=f"--fraction {fraction} of 5 episodes is none"):
+        kept(FIVE, fraction)
 
 
 def test_of_many_equal_episodes_the_first_are_taken():

@@ -22,7 +22,7 @@ VERSIONS = {
     "train_chunk": "awac bc cql iql | combo | diffuser dt",
     "Window": "diffuser | dt",
     "Block": "diffuser | dt",
-    "check": "combo | diffuser",
+    "check": "combo | diffuser | dt",
 }
 SHARED = """env env_id seed num_seeds num_updates eval_every eval_episodes out resume wandb
 batch_size gamma lr actor_lr critic_lr polyak widths normalize""".split()
