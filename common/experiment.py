@@ -268,11 +268,12 @@ class Run:
         with self._writing():
             text = json.dumps(self._diverged, indent=1) + "\n"
             checkpoint.write(self.folder / "diverged.json", text)
-        for i in np.flatnonzero(self._gone() & ~before):
-            self.log(self._diverged[str(self._seeds[i])]["message"])
+        new = self._seeds[self._gone() & ~before]
+        told = "\n".join(self._diverged[str(seed)]["message"] for seed in new)
         if self._gone().all():
             how = "Smaller learning rates, or a stronger penalty on Q, may help"
-            raise RunError(f"No seed is left, {_short(self.folder)} ends at step {step:,}. {how}.")
+            raise RunError(f"{told}\nNo seed is left in {_short(self.folder)}. {how}.")
+        self.log(told)
 
     def _progress(self, step, mean):
         total, speed = self.cfg.num_updates, self._speeds[-1]

@@ -494,15 +494,59 @@ def test_record_checks_its_arguments(cfg):
         run.record(step, {"loss": np.zeros(2), "new": np.zeros(2)})
 
 
-def test_not_finite_is_told_once(cfg, capsys):
-    run = experiment.Run(cfg, toy.dataset(cfg.env))
+# --- Divergence ---
+
+
+@pytest.mark.parametrize("name, value", [("loss", np.nan), ("loss", np.inf), ("q_pi", -1e9)])
+def test_a_seed_that_diverges_leaves_the_others_alone(cfg, whole, capsys, name, value):
+    spoil = [(30, 1, name, value)]
+    run = toy.main(cfg, spoil=spoil)
+    told = f"Seed 1 has diverged, {name} is {value:.3g} at step 30: its last good checkpoint is"
+    assert capsys.readouterr().out.count(f"{told} that of step 20.") == 2  # then, and at the end
+    good = [row for row in rows(whole.folder) if ",0," in row[:5]]
+    assert [row for row in rows(run.folder) if ",0," in row[:5]] == good
+    gone = [row.split(",")[2:] for row in rows(run.folder) if row[:5] in ("40,1,", "50,1,")]
+    assert gone == [["nan"] * len(gone[0])] * 2
+    saved, clean = checkpoint.read(run.folder)[1], checkpoint.read(whole.folder)[1]
+    early = checkpoint.read(toy.main(cfg, stop=20).folder)[1]
+    for key in ("x", "count", "obs_mean"):
+        assert np.array_equal(saved[key][0], clean[key][0])
+        assert np.array_equal(saved[key][1], early[key][1])
+    assert saved["count"].tolist() == [50, 20]
+
+    again = resumed(toy.main(cfg, stop=40, spoil=spoil))  # the seed stays stopped
+    assert equal(again.folder, run.folder)
+    again = resumed(toy.main(dataclasses.replace(cfg, save_every=20), stop=30, spoil=spoil))
+    assert equal(again.folder, whole.folder)  # begun again at step 20, now it does not diverge
+
+
+def test_a_run_whose_seeds_all_diverge_ends(cfg, capsys):
+    spoil = [(20, 0, "loss", np.nan), (30, 1, "q_data", 1e9)]
+    with pytest.raises(experiment.RunError) as error:
+        toy.main(cfg, spoil=spoil)
+    message = str(error.value)
+    assert "Seed 1 has diverged, q_data is 1e+09 at step 30" in message
+    assert "that of step 20" in message
+    assert "No seed is left" in message
+    assert "Seed 0 has diverged, loss is nan at step 20" in capsys.readouterr().out
+    (folder,) = Path(cfg.out).glob("toy/*/*")
+    assert checkpoint.read(folder)[0] == 20
+    assert rows(folder)[-1].startswith("30,1,")
+    with pytest.raises(experiment.RunError) as error:
+        toy.main(dataclasses.replace(cfg, num_seeds=1), spoil=[(10, 0, "q_pi", np.inf)])
+    assert "q_pi is inf at step 10: it has no good checkpoint" in str(error.value)
+
+
+def test_large_values_are_no_divergence(cfg):
+    """A Q-value may be 10,000 times what an episode of the data could earn, other metrics any."""
+    data = toy.dataset(cfg.env)
+    limit = 1e4 * np.abs(data.reward).max() * 10
+    run = experiment.Run(cfg, data)
     steps = run.steps()
-    for _ in range(2):
-        run.record(next(steps), {"loss": np.array([1, np.nan]), "q": np.array([np.inf, 1])})
-    text = capsys.readouterr().out
-    assert text.count("loss of seed 1 is not finite at step 10") == 1
-    assert text.count("q of seed 0") == 1
-    assert text.count("Warning") == 2
+    run.record(next(steps), {"q_data": np.array([1, -1]) * 0.9 * limit, "loss": np.full(2, 1e30)})
+    assert not (run.folder / "diverged.json").exists()
+    with pytest.raises(experiment.RunError, match="Seed 1 has diverged, q_data"):
+        run.record(next(steps), {"q_data": np.array([1, -1]) * 1.1 * limit, "loss": np.zeros(2)})
 
 
 # --- Loading ---

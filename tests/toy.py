@@ -90,8 +90,11 @@ def compiled(cfg):
     return start, jax.jit(chunk, donate_argnums=0)
 
 
-def main(cfg, stop=None, kill=None):
-    """stop: leave after the save of that step; kill: end this process before it."""
+def main(cfg, stop=None, kill=None, spoil=()):
+    """stop: leave after the save of that step; kill: end this process before it.
+
+    spoil: (step, index of a seed, metric, value): from that step on its state is nan.
+    """
     cfg = experiment.resolve(cfg, PAPER)
     data = dataset(cfg.env)
     run = experiment.Run(cfg, data)
@@ -102,6 +105,10 @@ def main(cfg, stop=None, kill=None):
     state = run.restore(start(fold(keys, 0), batch))
     for step in run.steps():
         state, metrics = chunk(state, batch, fold(keys, step))
+        for at, i, name, value in spoil:
+            if step >= at:
+                state = state.replace(x=state.x.at[i].set(jnp.nan))
+                metrics[name] = metrics[name].at[i].set(value)
         time.sleep(cfg.delay)
         returns = 100 + 20 * np.asarray(state.x).sum(1, keepdims=True)
         run.record(step, metrics, returns + np.arange(cfg.eval_episodes))
