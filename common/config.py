@@ -99,7 +99,7 @@ def agree(cfg, data, window=""):
 
 
 def _resumed(cfg):
-    folder = Path(cfg.resume).expanduser().resolve()
+    folder = Path(os.path.expanduser(cfg.resume)).resolve()  # ~nobody stays as it is
     info = read(folder)
     if info["algorithm"] != algorithm(cfg):
         raise RunError(f"{folder} is a run of {info['algorithm']}, not of {algorithm(cfg)}.")

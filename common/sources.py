@@ -24,6 +24,9 @@ BUNDLED = Path(__file__).resolve().parents[1] / "data"
 OFFLINE = "stillwater/hopper/medium-replay-v0"  # in BUNDLED
 MAGIC = b"\x89HDF\r\n\x1a\n"
 PATIENCE = 4.0  # seconds until an address without an answer counts as unreachable
+STALL = 20.0  # seconds without a byte that end a download, as does, from then on, a mean rate below
+SLOWEST = 1024  # bytes a second
+LARGEST = 16 * 2**30  # bytes of a file whose size is unknown
 
 REFERENCE = {  # returns that score 0 and 100 (D4RL, infos.py)
     "HalfCheetah": (-280.178953, 12135.0),
@@ -80,10 +83,15 @@ def find(name: str, env_id: str = "") -> tuple[Source, str]:
                 f"--env-id {env_id} is for a bare file (--env FILE.hdf5)"
             )
         return find_d4rl(name, source)
-    path = Path(name).expanduser()
-    if path.suffix in (".hdf5", ".h5") or path.is_file():
-        if not path.is_file():
-            raise DatasetError(f"{path.absolute()}: no such file")
+    path = Path(os.path.expanduser(name))
+    try:
+        if path.suffix in (".hdf5", ".h5") and not path.is_file():
+            what = "a folder, not a file" if path.is_dir() else "no such file"
+            raise DatasetError(f"{path.absolute()}: {what}. {offline_hint()}")
+        is_file = path.is_file()
+    except OSError as error:  # no permission; a name that is too long
+        raise DatasetError(f"{name[:200]}: cannot be read: {error.strerror}.") from None
+    if is_file:
         return Source(path.absolute(), "HDF5", env_id), "local file"
     near = difflib.get_close_matches(name, d4rl_names(), 3, 0.5)
     if re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name, re.ASCII) and (
@@ -241,18 +249,24 @@ def download(url, target, size=0, sha256=""):
             left.unlink(missing_ok=True)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     request = urllib.request.Request(url, headers={"User-Agent": "stillwater"})
-    digest, done, shown = hashlib.sha256(), 0, time.monotonic()
+    digest, done, head = hashlib.sha256(), 0, b""
+    began = shown = time.monotonic()
     try:
-        with urllib.request.urlopen(request, timeout=20) as body, open(part, "wb") as file:
+        with urllib.request.urlopen(request, timeout=STALL) as body, open(part, "wb") as file:
             length = int(body.headers.get("Content-Length") or size)
             if size and length != size:
                 raise OSError(f"offers {length:,} bytes where D4RL's file has {size:,}")
-            while chunk := body.read(2**20):
-                if not done and not chunk.startswith(MAGIC):
-                    raise OSError(f"sent no HDF5 file; it begins with {chunk[:40]!r}")
+            while chunk := body.read1(2**20):  # what has come, be it little
+                head = (head + chunk)[:40] if len(head) < 8 else head
+                if head[:8] != MAGIC[: len(head)]:
+                    raise OSError(f"sent no HDF5 file; it begins with {head!r}")
                 digest.update(chunk)
                 file.write(chunk)
                 done += len(chunk)
+                if time.monotonic() - began > STALL + done / SLOWEST:
+                    raise OSError(f"sends less than {SLOWEST:,} bytes a second")
+                if done > (most := length or LARGEST):
+                    raise OSError(f"sends more than {most:,} bytes")
                 if time.monotonic() - shown > 2:
                     shown = time.monotonic()
                     print(f"{url}: {done / 2**20:,.0f} of {length / 2**20:,.0f} MiB",
