@@ -470,7 +470,7 @@ def main(cfg: Config):
     data = datasets.load(cfg.env, cfg.env_id)
     if cfg.goal and data.obs.shape[1] not in (4, 6):
         raise SystemExit(f"--goal: {data.name} is no maze, its observations are not x, y, vx, vy.")
-    run = experiment.Run(cfg, data, window="horizon")
+    run = experiment.Run(cfg, data, "horizon")
     batch = data.steps(cfg.gamma, cfg.end_return)
 
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))

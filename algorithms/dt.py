@@ -281,7 +281,7 @@ def main(cfg: Config):
     data = datasets.load(cfg.env, cfg.env_id)
     if cfg.targets is None:
         cfg = replace(cfg, targets=(float(data.returns().max()),))
-    run = experiment.Run(cfg, data, window="context")
+    run = experiment.Run(cfg, data, "context")
     batch = data.steps()
 
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))

@@ -469,7 +469,7 @@ def test_targets_of_the_authors_are_for_their_data(env, targets):
 def test_without_a_target_the_datas_best_return_is_recorded(monkeypatch):
     data = dataset()
 
-    def run(cfg, _):
+    def run(cfg, *_):
         raise InterruptedError(cfg.targets)
 
     monkeypatch.setattr(dt.datasets, "load", lambda *_: data)
