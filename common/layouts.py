@@ -54,7 +54,7 @@ class Reader:
                 raise DatasetError(f"{path}: not an HDF5 file (it begins with {head!r})")
             self.bytes = path.stat().st_size
             self.file = h5py.File(path, "r", locking=False)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # h5py raises many kinds for a damaged file, here and below
             raise DatasetError(f"{path}: cannot be opened: {error}") from None
 
     def sha256(self):
@@ -63,6 +63,14 @@ class Reader:
 
     def refusal(self, field, why):
         return DatasetError(f"{self.path}: {field}: {why}")
+
+    def episodes(self):
+        """Names of the groups at the top that are Minari's episodes, in their order."""
+        try:
+            names = [name for name in self.file if re.fullmatch(r"episode_\d+", name, re.ASCII)]
+        except Exception as error:
+            raise self.refusal("episodes", f"cannot be listed: {error}") from None
+        return sorted(names, key=lambda name: (len(name), name))
 
     def item(self, field):
         """The group or array at `field`, or None; every step of the way lies in this file."""
@@ -76,7 +84,7 @@ class Reader:
                     kind = "an external" if isinstance(link, h5py.ExternalLink) else "a soft"
                     raise self.refusal(field, f"is {kind} link, which is not followed")
                 here = here[name]
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except Exception as error:
             raise self.refusal(field, f"cannot be read: {error}") from None
         return here
 
@@ -101,7 +109,7 @@ class Reader:
             self.left -= need
             with np.errstate(over="ignore"):  # what is too large for float32 becomes inf
                 values = item[()].astype(np.float32, copy=False)
-        except (OSError, RuntimeError, ValueError, TypeError, MemoryError) as error:
+        except Exception as error:
             raise self.refusal(field, f"cannot be read: {error}") from None
         finite = np.isfinite(values)
         if not finite.all():
@@ -210,11 +218,11 @@ def read_d4rl(reader: Reader, env: Env) -> Rows:
 
 def read_minari(reader: Reader, env: Env) -> Rows:
     """Minari's layout: a group for each episode, with T + 1 observations and T of all else."""
-    names = [name for name in reader.file if re.fullmatch(r"episode_\d+", name)]
+    names = reader.episodes()
     if not names:
         raise reader.refusal("episode_0", "missing: at least one episode is needed")
     episodes = []
-    for name in sorted(names, key=lambda name: int(name[8:])):
+    for name in names:
         obs = reader.obs(f"{name}/observations", env)
         action = reader.actions(f"{name}/actions", env)
         reward = reader.array(f"{name}/rewards", 1)
