@@ -72,13 +72,15 @@ def test_difference_is_relative_to_the_largest():
     assert parity.differences({"x": np.array([1.0, -4.0])}, theirs) == {"x": 0}
     assert parity.differences({"x": np.array([1.5, -4.0])}, theirs) == {"x": 0.125}
     assert np.isnan(parity.differences({"x": np.array([1.5, np.nan])}, theirs)["x"])
+    tree = {"x": {"b": np.array([[-4.0]]), "a": np.array(1.0)}}
+    assert parity.differences(tree, theirs) == {"x": 0}
 
 
 @pytest.mark.parametrize(
     ("mine", "known"),
     [
         ({"y": np.ones(2)}, {"x": np.ones(2)}),
-        ({"x": np.ones((2, 1))}, {"x": np.ones(2)}),  # would be broadcast to (2, 2)
+        ({"x": np.ones(1)}, {"x": np.ones(2)}),  # would be broadcast
         ({"x": np.ones(2)}, {"x": np.array([1, np.inf])}),
         ({"x": np.zeros(2)}, {"x": np.zeros(2)}),  # would say nothing
     ],

@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.parity import vector
+
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER.parent / "results/parity.json"
 BOUND = 1e-5  # of every difference; a file's own BOUNDS = {quantity: bound} says where not
@@ -57,14 +59,14 @@ def write(name, inputs, outputs):
 
 
 def differences(ours, theirs):
-    """{quantity: max |ours - theirs| / max |theirs|}; both must have the same names and shapes."""
+    """{quantity: max |ours - theirs| / max |theirs|}; a quantity is an array or a tree of them."""
     if ours.keys() != theirs.keys():
         raise ValueError(f"only one side has {sorted(ours.keys() ^ theirs.keys())}")
     found = {}
-    for name, known in theirs.items():
-        mine, known = np.asarray(ours[name], np.float64), np.asarray(known, np.float64)
+    for name in theirs:
+        mine, known = (vector(side[name]).astype(np.float64) for side in (ours, theirs))
         if mine.shape != known.shape:
-            raise ValueError(f"{name}: shape {mine.shape}, theirs {known.shape}")
+            raise ValueError(f"{name}: {len(mine)} numbers, theirs {len(known)}")
         if not (np.isfinite(known).all() and np.abs(known).max() > 0):
             raise ValueError(f"{name}: theirs is not finite, or zero throughout")
         found[name] = float(np.abs(mine - known).max() / np.abs(known).max())
@@ -100,7 +102,8 @@ def main(command="", name="", checkout=""):
         write(name, module(name).inputs(), {})
     elif command == "theirs":
         inputs, _ = read(name)
-        write(name, inputs, module(name).theirs(inputs, str(Path(checkout).resolve())))
+        outputs = module(name).theirs(inputs, str(Path(checkout).resolve()))
+        write(name, inputs, {quantity: vector(tree) for quantity, tree in outputs.items()})
     elif not command:
         table = [row for name in algorithms() for row in rows(name)]
         RESULTS.write_text(json.dumps(table, indent=1) + "\n", "utf-8")

@@ -13,7 +13,7 @@ stands beside its MLP, ours is the MLP's last; their log_stds is our log_std.
 
 import numpy as np
 
-from benchmarks.parity import flatten, random_batches, scramble, tree_map, unflatten, vector
+from benchmarks.parity import flatten, random_batches, scramble, tree_map, unflatten
 
 PEER = dict(
     name="authors (implicit_q_learning)",
@@ -42,7 +42,7 @@ def inputs():
 
 
 def start(batches):
-    """Our settings and fresh state."""
+    """Our settings and a fresh state."""
     import jax
 
     from algorithms import iql
@@ -55,28 +55,31 @@ def start(batches):
 def ours(inputs):
     import jax
 
+    return jax.jit(outputs)(unflatten(inputs, "batch"), unflatten(inputs, "params"))
+
+
+def outputs(batches, params):
+    import jax
+
     from algorithms import iql
     from common.datasets import Batch
 
-    batches, params = unflatten(inputs, "batch"), unflatten(inputs, "params")
     cfg, state = start(batches)
-    nets = {n: getattr(state, n).replace(params={"params": params[n]}) for n in LOSSES}
-    state = state.replace(target={"params": params["target"]}, **nets)
+    nets = {name: getattr(state, name).replace(params={"params": params[name]}) for name in LOSSES}
+    state, batches = state.replace(target={"params": params["target"]}, **nets), Batch(**batches)
 
-    out, infos = {}, []
-    for i in range(3):
-        batch = Batch(**tree_map(lambda x, i=i: x[i], batches))
-        if i == 0:
-            for name in LOSSES:
-                loss = jax.value_and_grad(getattr(iql, f"{name}_loss"), has_aux=True)
-                (value, _), grad = loss(getattr(state, name).params, state, batch, cfg)
-                out |= {f"{name} loss": value, f"{name} gradient": vector(grad)}
-        state, info = jax.jit(iql.update, static_argnums=3)(state, batch, None, cfg)
-        infos.append(info)
+    out = {}
     for name in LOSSES:
-        out[f"{name} loss of 3 updates"] = np.array([info[f"{name}_loss"] for info in infos])
-        out[f"{name} after 3 updates"] = vector(getattr(state, name).params)
-    return out | {"target after 3 updates": vector(state.target)}
+        loss = jax.value_and_grad(getattr(iql, f"{name}_loss"), has_aux=True)
+        batch = jax.tree.map(lambda x: x[0], batches)
+        (value, _), gradient = loss(getattr(state, name).params, state, batch, cfg)
+        out |= {f"{name} loss": value, f"{name} gradient": gradient}
+
+    state, infos = jax.lax.scan(lambda s, batch: iql.update(s, batch, None, cfg), state, batches)
+    for name in LOSSES:
+        out[f"{name} loss of 3 updates"] = infos[f"{name}_loss"]
+        out[f"{name} after 3 updates"] = getattr(state, name).params
+    return out | {"target after 3 updates": state.target}
 
 
 def theirs(inputs, checkout):
@@ -96,7 +99,7 @@ def theirs(inputs, checkout):
     import common
 
     batches, params = unflatten(inputs, "batch"), unflatten(inputs, "params")
-    b = [
+    b = [  # of each update; their mask is 1 where ours is not done
         common.Batch(x["obs"], x["action"], x["reward"], 1 - x["done"], x["next_obs"])
         for x in (tree_map(lambda x, i=i: x[i], batches) for i in range(3))
     ]
@@ -126,14 +129,14 @@ def theirs(inputs, checkout):
         "critic": critic.update_q(keeping(learner.critic), learner.value, *args),
     }
     for name, (model, info) in models.items():
-        gradient = vector(back[name](model.opt_state))
+        gradient = back[name](model.opt_state)
         out |= {f"{name} loss": info[f"{name}_loss"], f"{name} gradient": gradient}
 
     infos = [learner.update(batch) for batch in b]
     for name in models:
         out[f"{name} loss of 3 updates"] = np.array([info[f"{name}_loss"] for info in infos])
-        out[f"{name} after 3 updates"] = vector(back[name](getattr(learner, name).params))
-    return out | {"target after 3 updates": vector(from_critic(learner.target_critic.params))}
+        out[f"{name} after 3 updates"] = back[name](getattr(learner, name).params)
+    return out | {"target after 3 updates": from_critic(learner.target_critic.params)}
 
 
 def load(model, params):
