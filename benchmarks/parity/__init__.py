@@ -72,3 +72,15 @@ def random_batches(rng, count=3, rows=32, obs_dim=3, action_dim=2):
         "next_obs": rng.normal(size=(count, rows, obs_dim)).astype(np.float32),
         "done": (rng.random((count, rows)) < 1 / 3).astype(np.float32),
     }
+
+
+def to_mlp(layers, params):
+    """Writes Dense_0, Dense_1, ... into the Linears of a torch Sequential."""
+    for i, layer in enumerate(layer for layer in layers if hasattr(layer, "weight")):
+        to_linear(layer, params[f"Dense_{i}"])
+
+
+def from_mlp(layers, grad=False):
+    """The inverse of `to_mlp`, for the parameters or for their gradients."""
+    linears = [layer for layer in layers if hasattr(layer, "weight")]
+    return {f"Dense_{i}": from_linear(layer, grad) for i, layer in enumerate(linears)}
