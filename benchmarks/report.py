@@ -72,6 +72,17 @@ def title(run):
     return name + (f", beta {config['beta']:g}" if run["algorithm"] == "combo" else "")
 
 
+def merge(runs):
+    """Runs that differ in their seeds alone as one."""
+    groups = defaultdict(list)
+    for run in runs:
+        config = {k: v for k, v in run["config"].items() if k not in ("seed", "num_seeds")}
+        groups[run["algorithm"], run["dataset"], json.dumps(config)].append(run)
+    for group in groups.values():
+        curve = {t: sum((run["curve"][t] for run in group), []) for t in group[0]["curve"]}
+        yield group[0] | {"curve": curve, "returns": sum((run["returns"] for run in group), [])}
+
+
 def table(runs):
     """Markdown: last evaluation against the data and against the policy that made it."""
     names = [
@@ -110,6 +121,29 @@ def value_table(rows):
     for row in sorted(rows, key=lambda r: (r["dataset"], r["run"])):
         numbers = [f"{row[k]:.1f}" for k in ("q_data", "true_data", "q_pi", "true_pi")]
         cells = [row["dataset"], row["run"], f"{row['num_updates']:,}", *numbers]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def peers_table(runs, peers):
+    """Markdown of the scores of other implementations beside ours, same data and updates."""
+    names = ["dataset", "algorithm", "updates", "ours", "peer", "theirs"]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for peer in sorted(peers, key=lambda p: p["algorithm"]):
+        (low, high), name = peer["data"]["ref"], peer["data"]["name"]
+        what = peer["algorithm"].upper(), name, peer["updates"]
+        (ours,) = [
+            run["returns"]
+            for run in runs
+            if (title(run), run["dataset"], run["config"]["num_updates"]) == what
+        ]
+        cells = []
+        for returns in (ours, [peer["returns"][str(peer["updates"])]]):
+            score = 100 * (np.array(returns) - low) / (high - low)
+            ends = "{:.1f}, {:.1f}".format(*curve.interval(score))
+            seeds = f"{len(score)} seed{'s' * (len(score) > 1)}"
+            cells.append(f"{score.mean():.1f} [{ends}], {seeds}")
+        cells = [name, what[0], f"{what[2]:,}", cells[0], peer["peer"]["name"], cells[1]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -181,7 +215,11 @@ def main(cfg: Config):
         parts = run["algorithm"], run["dataset"].replace("/", "-"), folder.resolve().name
         name = "-".join(parts) + ".json"
         (results / "runs" / name).write_text(json.dumps(run, indent=1) + "\n", "utf-8")
-    runs = [json.loads(p.read_text("utf-8")) for p in sorted((results / "runs").glob("*.json"))]
+    runs, peers = (
+        [json.loads(path.read_text("utf-8")) for path in sorted((results / kind).glob("*.json"))]
+        for kind in ("runs", "peers")
+    )
+    runs = list(merge(runs))
     if not runs:
         raise SystemExit(f"no runs in {results / 'runs'}")
     values, planning, stitching = (
@@ -190,6 +228,7 @@ def main(cfg: Config):
     )
     tables = {
         "scores": table(runs),
+        "peers": peers_table(runs, peers),
         "values": value_table(values),
         "planning": planning_table(planning),
         "stitching": stitching_table(stitching["runs"]),

@@ -1,8 +1,9 @@
 """Policies -> returns; and facts about environments.
 
 `evaluate` scores the policies of all seeds in one batch; `termination` tells a learned model where
-the real environment ends an episode; a trained run is filmed by
+the real environment ends an episode; a trained run is scored again, or filmed, by
 
+    python -m common.evaluation runs/iql/...
     python -m common.evaluation runs/iql/... --video hopper.mp4
 """
 
@@ -223,26 +224,43 @@ def _choose_renderer():
     raise EvaluationError(f"MuJoCo cannot draw here: tried {' and '.join(names)}. {_ADVICE}")
 
 
-def main(run: tyro.conf.Positional[Path], video: Path, episodes: int = 1, seed: int = 0):
-    """Film a trained run.
+def main(
+    run: tyro.conf.Positional[Path], video: Path | None = None, episodes: int = 0, seed: int = 0
+):
+    """Score a trained run's last checkpoint, every seed, as its training did; or film a seed.
 
     Args:
         run: run folder
-        video: file to write, .mp4 or .gif
-        episodes: how many, one after the other
-        seed: which of the run's seeds, counted from 0
+        video: file to write instead, .mp4 or .gif
+        episodes: how many; 0: to score, as many as in training, to film, one
+        seed: which of the run's seeds to film, counted from 0
     """
-    _choose_renderer()
+    if video:
+        _choose_renderer()
     from common import experiment, policy
 
     module, cfg, state = experiment.load(run)
+    data = json.loads((run / "config.json").read_text())["dataset"]
+    env_id = data["env_id"]
     if not 0 <= seed < cfg.num_seeds:
         raise EvaluationError(f"{run} holds seeds 0 to {cfg.num_seeds - 1}, counted from 0.")
-    env_id = json.loads((run / "config.json").read_text())["dataset"]["env_id"]
     act = jax.jit(jax.vmap(policy.pure(module, cfg), (0, 0, 0, 0, None)))
-    act = functools.partial(act, jax.tree.map(lambda x: x[seed : seed + 1], state))
-    returns = film(act, env_id, video, episodes)
-    print(f"{video}: {env_id}, return {', '.join(f'{r:.1f}' for r in returns)}")
+    if video:
+        act = functools.partial(act, jax.tree.map(lambda x: x[seed : seed + 1], state))
+        returns = film(act, env_id, video, episodes or 1)
+        print(f"{video}: {env_id}, return {', '.join(f'{r:.1f}' for r in returns)}")
+        return
+    act = functools.partial(act, state)
+    returns = evaluate(act, env_id, cfg.num_seeds, episodes or cfg.eval_episodes)
+    low, high = data["ref_min_score"], data["ref_max_score"]
+    for i, row in enumerate(returns):
+        mean = f"return {row.mean():.1f} +- {row.std():.1f}"
+        score = "" if low is None else f", score {100 * (row.mean() - low) / (high - low):.1f}"
+        print(f"seed {cfg.seed + i}: {mean}{score}, {len(row)} episodes of {env_id}")
+    saved = experiment.recorded(run)
+    if saved is not None and np.shape(saved) == returns.shape:
+        same = np.array_equal(saved, returns, equal_nan=True)
+        print("Bit for bit what training recorded." if same else "Training recorded other returns.")
 
 
 if __name__ == "__main__":

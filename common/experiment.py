@@ -66,6 +66,14 @@ def load_policy(run, seed_index=0):
     return Policy(pure(module, cfg), jax.tree.map(lambda x: x[seed_index], state))
 
 
+def recorded(run):
+    """The returns (S, episodes) that training recorded at the last checkpoint, or None."""
+    step, _ = checkpoint.read(Path(run).expanduser().resolve())
+    path = Path(run) / "returns.json"
+    returns = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return returns.get(str(step))
+
+
 class Run:
     """One training run in `<out>/<algorithm>/<dataset>/<time>-s<seed>/`, new or resumed.
 

@@ -28,10 +28,12 @@ EXTRA = {
 
 
 def command(*words, cwd, script=ROOT / "algorithms"):
-    """Runs `python <script>/<words>` in `cwd`: (exit code, stdout, stderr)."""
+    """Runs `python <script>/<words>`, or `python <words>`, in `cwd`: (code, stdout, stderr)."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
-    environment["XDG_CACHE_HOME"] = str(cwd / "cache")
-    line = [sys.executable, str(script / words[0]), *words[1:]]
+    if cwd != ROOT:
+        environment["XDG_CACHE_HOME"] = str(cwd / "cache")
+    words = [str(script / words[0]), *words[1:]] if script else words
+    line = [sys.executable, *words]
     done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
@@ -44,7 +46,10 @@ def rows(folder):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_on_bundled_data_from_any_folder(name, tmp_path):
-    """100 updates of two seeds on real hopper data: finite metrics, returns, checkpoint, curve."""
+    """100 updates of two seeds on real hopper data: finite metrics, returns, checkpoint, curve.
+
+    Another process, which knows the folder alone, scores it to the same bits.
+    """
     code, out, err = command(
         f"{name}.py", *SHORT, "--num-seeds", "2", *EXTRA.get(name, []), cwd=tmp_path
     )
@@ -60,6 +65,11 @@ def test_trains_on_bundled_data_from_any_folder(name, tmp_path):
     assert np.shape(json.loads((run / "returns.json").read_text())["100"]) == (2, 2)
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "updates/s" in out
+
+    code, out, err = command("-m", "common.evaluation", str(run), cwd=ROOT, script=None)
+    assert code == 0, err
+    assert out.count("2 episodes of Hopper-v5") == 2
+    assert out.endswith("Bit for bit what training recorded.\n")
 
 
 @pytest.mark.parametrize("name", NAMES)

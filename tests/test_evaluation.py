@@ -1,6 +1,7 @@
 """Evaluation against rollouts by hand, termination against the real environments, and video."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -297,9 +298,11 @@ def test_termination_of_an_unknown_environment_names_the_way_out():
 def trained(tmp_path, monkeypatch):
     """A run folder and, in experiment.load's place, a state whose second seed's weights are 1."""
     (tmp_path / "config.json").write_text('{"dataset": {"env_id": "Pendulum-v1"}}')
-    cfg, state = types.SimpleNamespace(num_seeds=2), {"w": jnp.stack([jnp.zeros(()), jnp.ones(())])}
+    cfg = types.SimpleNamespace(num_seeds=2, seed=5, eval_episodes=2)
+    state = {"w": jnp.stack([jnp.zeros(()), jnp.ones(())])}
     module = types.SimpleNamespace(act=lambda state, obs: state["w"] * obs[..., :1])
-    fake = types.SimpleNamespace(load=lambda run: (module, cfg, state))
+    returns = lambda run: json.loads((run / "returns.json").read_text())  # noqa: E731
+    fake = types.SimpleNamespace(load=lambda run: (module, cfg, state), recorded=returns)
     monkeypatch.setattr("common.experiment", fake, raising=False)
     monkeypatch.setitem(sys.modules, "common.experiment", fake)
     monkeypatch.setattr(evaluation, "_choose_renderer", lambda: None)
@@ -348,6 +351,25 @@ def test_the_command_films_the_seed_asked_for(trained, drawn, capsys):
         evaluation.main(trained, video, seed=2)
     with pytest.raises(evaluation.EvaluationError, match="mp4 or .gif"):
         evaluation.main(trained, trained / "film.txt")
+
+
+def test_the_command_scores_every_seed(trained, drawn, capsys):
+    data = {"env_id": "Drawn-v0", "ref_min_score": 1.0, "ref_max_score": 5.0}
+    (trained / "config.json").write_text(json.dumps({"dataset": data}))
+    for recorded, verdict in (
+        ([[3.0, 4.0]] * 2, "Bit for bit what training recorded."),
+        ([[3.0, 4.0], [3.0, 4.000001]], "Training recorded other returns."),
+        (None, None),  # nothing to compare with
+    ):
+        (trained / "returns.json").write_text(json.dumps(recorded))
+        evaluation.main(trained)
+        lines = capsys.readouterr().out.splitlines()
+        for seed in (5, 6):
+            words = f"seed {seed}: return 3.5 +- 0.5, score 62.5, 2 episodes of Drawn-v0"
+            assert lines[seed - 5] == words
+        assert lines[2:] == ([verdict] if verdict else [])
+    evaluation.main(trained, episodes=3)
+    assert "3 episodes" in capsys.readouterr().out
 
 
 def test_no_renderer_ends_in_one_message_with_the_package(monkeypatch):

@@ -26,8 +26,13 @@ def section(mark):
 
 def test_the_readmes_tables_are_the_results():
     report = benchmark("report")
-    runs = [json.loads(p.read_text("utf-8")) for p in sorted((RESULTS / "runs").glob("*.json"))]
+    runs, peers = (
+        [json.loads(path.read_text("utf-8")) for path in sorted((RESULTS / kind).glob("*.json"))]
+        for kind in ("runs", "peers")
+    )
+    runs = list(report.merge(runs))
     assert section("scores") == report.table(runs)
+    assert section("peers") == report.peers_table(runs, peers)
     values = json.loads((RESULTS / "values.json").read_text("utf-8"))
     assert section("values") == report.value_table(values)
     planning = json.loads((RESULTS / "planning.json").read_text("utf-8"))
@@ -94,3 +99,22 @@ def test_the_readme_counts_lines_truly():
     counted = re.findall(r"\(algorithms/(\w+)\.py\) \|.*\| (\d+) \|", README)
     files = {p.stem: len(p.read_text("utf-8").splitlines()) for p in ROOT.glob("algorithms/*.py")}
     assert {name: int(lines) for name, lines in counted} == files
+
+
+def test_a_peers_score_stands_beside_ours_of_as_many_updates():
+    """Seeds 0 and 1 of ours came in two runs; a third had more updates."""
+    report = benchmark("report")
+    one = {
+        **{"algorithm": "awac", "dataset": "n", "curve": {"5": [10.0]}, "returns": [[10.0, 10.0]]},
+        "config": {"num_updates": 5, "seed": 0, "num_seeds": 1, "lr": 1.0},
+    }
+    two = one | {"config": one["config"] | {"seed": 1}, "returns": [[20.0, 20.0]]}
+    long = one | {"config": one["config"] | {"num_updates": 9}, "returns": [[99.0, 99.0]]}
+    runs = list(report.merge([one, two, long]))
+    assert [run["returns"] for run in runs] == [[[10.0, 10.0], [20.0, 20.0]], [[99.0, 99.0]]]
+    assert runs[0]["curve"] == {"5": [10.0, 10.0]}
+    peer = {"algorithm": "awac", "peer": {"name": "them"}, "updates": 5, "seed": 0}
+    peer |= {"data": {"name": "n", "ref": [0.0, 50.0]}, "returns": {"5": [25.0, 25.0]}}
+    row = report.peers_table(runs, [peer]).splitlines()[2]
+    ours, theirs = "30.0 [20.0, 40.0], 2 seeds", "50.0 [50.0, 50.0], 1 seed"
+    assert row == f"| n | AWAC | 5 | {ours} | them | {theirs} |"
