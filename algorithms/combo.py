@@ -19,10 +19,13 @@ The sum over actions is CQL's: importance weights from 10 uniform actions, 10 of
 pi(. | s'), for each critic by itself. Settings of the trusted port, OfflineRL-Kit
 (github.com/yihaosun1124/OfflineRL-Kit): both squared errors whole, not halved; the target without
 entropy. Differs from it: the log-sum-exp runs over all 30 actions (a reshape lost there leaves 3);
-each member of the model has its own bounds of the variance; each elite serves an equal share of a
-rollout's rows, drawn anew at each step; the critics' targets take the policy from before its step;
-`--max-backup` has the smaller critic first, then the best action; a model's epoch drops its last,
-partial minibatch; LeCun instead of PyTorch's initialisation.
+each member of the model has its own bounds of the variance, kept with its best weights; each elite
+serves an equal share of a rollout's rows, drawn anew at each step; the critics' targets and penalty
+take the policy from before its step; the policy's rate falls at each update, there at each 1,000th;
+its log std has CQL's affine map and falls to -20, there to -5; tanh's log-density and the std of
+the model's inputs are not the same to 1e-6; `--max-backup` has the smaller critic first, then the
+best action; a model's epoch drops its last, partial minibatch; LeCun instead of PyTorch's
+initialisation.
 """
 
 import math

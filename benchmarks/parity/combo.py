@@ -1,0 +1,540 @@
+"""COMBO beside the trusted port, OfflineRL-Kit; its authors published no code.
+
+Theirs: `COMBOPolicy.learn` does whole updates, its optimisers keep the gradients that they are
+handed; `EnsembleDynamics.train` fits the model for three epochs, with its split, bootstrap, order,
+best weights and elites; `EnsembleDynamics.step` is a step of a rollout.
+
+Stubs: gym, pandas, matplotlib and tensorboard, unused; the logger. Patches: torch and NumPy hand
+out our noise and our rows where they would draw.
+
+Departures of ours, put out of play from outside:
+- The lost reshape. `calc_pi_values` and `calc_random_values` give columns of one value; `learn`
+  reshapes each to (rows, actions, 1) and drops the result, so that its log-sum-exp runs over the
+  three kinds of actions, not over all 30 actions. Here they return what they give in the shape that
+  `learn` meant. The gradient with the reshape lost is compared as well, and differs.
+- The order. The policy's optimiser takes its step when `learn` is over. The gradient with the step
+  where they take it is compared as well, and differs.
+- Their layer for the policy's log std gets the learned affine map behind it; sigma_min is -20.
+- The bounds of the model's variance get an axis for the members.
+- Their policy's learning rate is stepped after each update, not each 1,000.
+Actions are small, so that the 1e-6 in their log-density of tanh counts for nothing; the model's
+inputs are wide, so that neither does the 1e-6 that we add to their std; no minibatch is partial.
+
+Weights: their Linear layers hold our kernels transposed, EnsembleLinear as they are; their two
+critics are our members 0 and 1 on axis 0; their last layers stand beside the backbone, the policy's
+as one for the mean and one for the log std, ours is the MLP's last.
+"""
+
+import functools
+import sys
+import tempfile
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+
+from benchmarks.parity import (
+    flatten,
+    from_linear,
+    random_batches,
+    scramble,
+    to_linear,
+    tree_map,
+    unflatten,
+    vector,
+)
+
+PEER = dict(
+    name="OfflineRL-Kit",
+    repository="https://github.com/yihaosun1124/OfflineRL-Kit",
+    commit="e3ce69793766d02660217d4dfc0af4693a5531bd",
+    environment="torch==2.13.0 numpy tqdm",
+)
+DIFFERS = {
+    "critic gradient, reshape lost": "a reshape lost there leaves 3",
+    "critic gradient, policy first": "take the policy from before its step",
+}
+UPDATES, EPOCHS, ROWS, OBS, ACTION = 3, 3, 80, 3, 2
+# Large steps, so that a few updates show; num_updates is short, so that the policy's rate falls.
+SETTINGS = dict(
+    widths=(16, 16), batch_size=16, num_updates=6, gamma=0.9, actor_lr=3e-3, critic_lr=3e-3,
+    polyak=0.1, beta=2.0, num_actions=10, real_fraction=0.5, horizon=1, rollout_batch=4,
+    retain=1, model_widths=(8, 8), model_decay=(0.01, 0.02, 0.03), model_lr=0.03, num_members=3,
+    num_elites=2,
+)  # fmt: skip
+
+
+# --- Inputs ---
+
+
+def noise(key, size):
+    """What our update draws from its key: standard Gaussians, and the uniform actions."""
+    import jax
+    import jax.numpy as jnp
+
+    from algorithms import combo
+
+    def gaussian(key, *shape):
+        pi = combo.TanhNormal(jnp.zeros((size, ACTION)), jnp.ones((size, ACTION)))
+        return pi.distribution.sample(seed=key, sample_shape=shape)
+
+    k_actor, k_critic = jax.random.split(key)
+    k_backup, k_propose = jax.random.split(k_critic)
+    k_uniform, k_pi, k_next = jax.random.split(k_propose, 3)
+    n = SETTINGS["num_actions"]
+    return {
+        "actor": gaussian(k_actor),
+        "backup": gaussian(k_backup, 1)[0],
+        "uniform": jax.random.uniform(k_uniform, (n, size, ACTION), minval=-1, maxval=1),
+        "pi": gaussian(k_pi, n),
+        "next": gaussian(k_next, n),
+    }
+
+
+def keys(of, count):
+    """Keys of updates and of epochs."""
+    import jax
+
+    return jax.random.split(jax.random.key(of), count)
+
+
+def inputs():
+    import jax
+    import jax.numpy as jnp
+
+    from algorithms import combo
+
+    rng, cfg = np.random.default_rng(0), combo.Config(**SETTINGS)
+    batches = random_batches(rng, UPDATES, cfg.batch_size)
+    data = tree_map(lambda x: x[0], random_batches(rng, 1, ROWS))
+    data |= {"obs": 100 * data["obs"], "action": 100 * data["action"]}
+    data["next_obs"] += data["obs"]
+    batch = as_batch(data)
+    state = jax.jit(combo.init, static_argnums=2)(jax.random.key(0), batch, cfg)
+    nets = {name: getattr(state, name).params["params"] for name in NETS}
+    params = {name: scramble(net, rng, 0.2) for name, net in nets.items()}
+    params["target"] = scramble(state.target["params"], rng, 0.2)
+    last = params["actor"]["MLP_0"]["Dense_2"]  # of the policy: small actions
+    params["actor"]["MLP_0"]["Dense_2"] = tree_map(lambda x: x * np.float32(0.2), last)
+
+    fit = jax.jit(combo.init_fit, static_argnums=2)(jax.random.key(1), batch, cfg)
+    orders = [  # each epoch's rows of each member, as fit_epoch draws them
+        jax.random.permutation(key, fit.bootstrap, 1, independent=True) for key in keys(2, EPOCHS)
+    ]
+    model = {
+        "params": scramble(fit.model.params["params"], rng, 0.2),
+        "holdout": fit.holdout,
+        "order": np.stack(orders),
+    }
+    return flatten(jax.device_get({
+        "batch": batches, "params": params, "data": data, "model": model,
+        "noise": jax.vmap(functools.partial(noise, size=cfg.batch_size))(keys(3, UPDATES)),
+        "rollout": {
+            "obs": jnp.float32(rng.normal(size=(6, OBS))),
+            "action": jnp.float32(rng.uniform(-1, 1, (6, ACTION))),
+            "noise": jax.random.normal(jax.random.key(4), (cfg.num_elites, 3, OBS + 1)),
+            "mean": jnp.float32(rng.normal(size=OBS + ACTION)),
+            "std": jnp.float32(rng.uniform(0.5, 2, OBS + ACTION)),
+            "members": np.array([2, 0]),
+        },
+    }))  # fmt: skip
+
+
+NETS = "actor", "critic", "temperature"
+
+
+# --- Theirs ---
+
+
+class Columns:
+    """Their MLP and the layer beside it as our MLP_0, and back."""
+
+    def __init__(self, backbone, *last):
+        self.hidden, self.last = list(backbone.model)[::2], last
+
+    def write(self, mlp):
+        for i, layer in enumerate(self.hidden):
+            to_linear(layer, mlp[f"Dense_{i}"])
+        final = mlp[f"Dense_{len(self.hidden)}"]
+        parts = tree_map(lambda x: np.split(x, len(self.last), -1), final)
+        for i, layer in enumerate(self.last):
+            to_linear(layer, {name: x[i] for name, x in parts.items()})
+
+    def read(self, grad):
+        mlp = {f"Dense_{i}": from_linear(layer, grad) for i, layer in enumerate(self.hidden)}
+        parts = [from_linear(layer, grad) for layer in self.last]
+        mlp[f"Dense_{len(self.hidden)}"] = tree_map(lambda *x: np.concatenate(x, -1), *parts)
+        return mlp
+
+
+def learner(inputs, reshape=True, late=True):
+    """Their policy with our weights: (the policy, what reads its networks in our layout)."""
+    import torch
+    from offlinerlkit.modules import ActorProb, Critic, TanhDiagGaussian
+    from offlinerlkit.nets import MLP
+    from offlinerlkit.policy import COMBOPolicy
+
+    given, n = unflatten(inputs, "params"), SETTINGS["num_actions"]
+
+    class Affine(torch.nn.Module):
+        """Their layer for the log std, with our affine map."""
+
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.scale = torch.nn.Parameter(torch.tensor(given["actor"]["log_std_scale"]))
+            self.shift = torch.nn.Parameter(torch.tensor(given["actor"]["log_std_shift"]))
+
+        def forward(self, x):
+            return self.scale * self.inner(x) + self.shift
+
+    class Policy(COMBOPolicy):
+        def calc_pi_values(self, *args):
+            values = super().calc_pi_values(*args)
+            return tuple(x.reshape(-1, n, 1) for x in values) if reshape else values
+
+        def calc_random_values(self, *args):
+            values = super().calc_random_values(*args)
+            return tuple(x.reshape(-1, n, 1) for x in values) if reshape else values
+
+    class Late(torch.optim.Adam):
+        """Takes its step when it is told, with the gradients from when it was asked."""
+
+        def step(self):
+            self.kept = [p.grad.clone() for p in self.param_groups[0]["params"]]
+            if not late:
+                super().step()
+
+        def step_now(self):
+            for p, grad in zip(self.param_groups[0]["params"], self.kept, strict=True):
+                p.grad = grad
+            if late:
+                super().step()
+
+    def mlp(size):
+        return MLP(size, SETTINGS["widths"])
+
+    width = SETTINGS["widths"][-1]
+    dist = TanhDiagGaussian(width, ACTION, unbounded=True, conditioned_sigma=True, sigma_min=-20.0)
+    actor = ActorProb(mlp(OBS), dist)
+    critics = [Critic(mlp(OBS + ACTION)) for _ in range(2)]
+    layers = {"actor": Columns(actor.backbone, dist.mu, dist.sigma)}
+    layers["actor"].write(given["actor"]["MLP_0"])
+    dist.sigma = Affine(dist.sigma)
+    log_alpha = torch.tensor(given["temperature"]["log"].reshape(1), requires_grad=True)
+    rates = SETTINGS["actor_lr"], SETTINGS["critic_lr"]
+    policy = Policy(
+        None, actor, *critics, Late(actor.parameters(), rates[0]),
+        *(torch.optim.Adam(critic.parameters(), rates[1]) for critic in critics),
+        SimpleNamespace(low=[-1.0], high=[1.0]), tau=SETTINGS["polyak"], gamma=SETTINGS["gamma"],
+        alpha=(-ACTION, log_alpha, torch.optim.Adam([log_alpha], rates[0])),
+        cql_weight=SETTINGS["beta"], with_lagrange=False, num_repeart_actions=n,
+    )  # fmt: skip
+    old = policy.critic1_old, policy.critic2_old
+    for name, members in {"critic": critics, "target": old}.items():
+        layers[name] = [Columns(member.backbone, member.last) for member in members]
+        for i, member in enumerate(layers[name]):
+            member.write(tree_map(lambda x, i=i: x[i], given[name]["MLP_0"]))
+
+    def read(name, grad=False):
+        if name == "temperature":
+            return {"log": (log_alpha.grad if grad else log_alpha.data).numpy().reshape(())}
+        if name != "actor":
+            return {
+                "MLP_0": tree_map(lambda *x: np.stack(x), *(m.read(grad) for m in layers[name]))
+            }
+        sigma = dist.sigma
+        affine = {"log_std_scale": sigma.scale, "log_std_shift": sigma.shift}
+        affine = {k: (x.grad if grad else x.data).numpy().copy() for k, x in affine.items()}
+        return {"MLP_0": layers["actor"].read(grad)} | affine
+
+    return policy, read
+
+
+def handed_out(noise):
+    """Patches by which torch draws the noise of one update, in the order of `learn`."""
+    import torch
+
+    def by_row(x):  # (N, B, A) -> (B N, A), theirs
+        return torch.tensor(np.ascontiguousarray(x.swapaxes(0, 1)).reshape(-1, ACTION))
+
+    flat = [torch.tensor(noise[k]) for k in ("actor", "backup")]
+    gaussian = iter(flat + [by_row(noise[k]) for k in ("pi", "next")])
+    uniform = lambda x, low, high: x.copy_(by_row(noise["uniform"]))  # noqa: E731
+    return mock.patch.multiple(torch.Tensor, uniform_=uniform), mock.patch(
+        "torch.distributions.normal._standard_normal", lambda *_, **__: next(gaussian)
+    )
+
+
+def learn(inputs, updates=UPDATES, **how):
+    """Losses and gradients of each update, and all parameters in the end."""
+    import torch
+
+    policy, read = learner(inputs, **how)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        policy.actor_optim, SETTINGS["num_updates"]
+    )
+    names = {"observations": "obs", "actions": "action", "next_observations": "next_obs"}
+    names |= {"rewards": "reward", "terminals": "done"}
+    batches, noises = unflatten(inputs, "batch"), unflatten(inputs, "noise")
+    out = {}
+    for t in range(updates):
+        batch = {k: torch.tensor(batches[v][t]) for k, v in names.items()}
+        batch |= {k: batch[k][:, None] for k in ("rewards", "terminals")}
+        real = int(SETTINGS["real_fraction"] * SETTINGS["batch_size"])
+        halves = {"real": {k: x[:real] for k, x in batch.items()}}
+        halves["fake"] = {k: x[real:] for k, x in batch.items()}
+        uniform, gaussian = handed_out(tree_map(lambda x, t=t: x[t], noises))
+        with uniform, gaussian:
+            info = policy.learn(halves)
+        policy.actor_optim.step_now()
+        schedule.step()
+        found = {f"{name} gradient": vector(read(name, grad=True)) for name in NETS}
+        found["actor loss"], found["temperature loss"] = info["loss/actor"], info["loss/alpha"]
+        found["critic loss"] = info["loss/critic1"] + info["loss/critic2"]
+        out = {name: [*out.get(name, []), x] for name, x in found.items()}
+    final = {f"{name} after": vector(read(name)) for name in (*NETS, "target")}
+    return {name: np.array(x) for name, x in (out | final).items()}
+
+
+def ensemble(params, scaler):
+    """Their dynamics with our weights: (the dynamics, what reads it in our layout)."""
+    import torch
+    from offlinerlkit.dynamics import EnsembleDynamics
+    from offlinerlkit.modules import EnsembleDynamicsModel
+
+    model = EnsembleDynamicsModel(
+        OBS, ACTION, SETTINGS["model_widths"], SETTINGS["num_members"], SETTINGS["num_elites"],
+        weight_decays=SETTINGS["model_decay"],
+    )  # fmt: skip
+    layers = {f"Dense_{i}": x for i, x in enumerate([*model.backbones, model.output_layer])}
+    for name, layer in layers.items():
+        layer.weight.data = torch.tensor(params[name]["kernel"])
+        layer.bias.data = torch.tensor(params[name]["bias"][:, None])
+    model.max_logvar = torch.nn.Parameter(torch.tensor(params["upper"][:, None]))
+    model.min_logvar = torch.nn.Parameter(torch.tensor(params["lower"][:, None]))
+
+    def read(grad=False):
+        def one(x):
+            return (x.grad if grad else x.data).numpy().copy()
+
+        tree = {
+            name: {"kernel": one(layer.weight), "bias": one(layer.bias)[:, 0]}
+            for name, layer in layers.items()
+        }
+        return tree | {"upper": one(model.max_logvar)[:, 0], "lower": one(model.min_logvar)[:, 0]}
+
+    class Keep(torch.optim.Adam):
+        def step(self):
+            self.gradients.append(vector(read(grad=True)))
+            super().step()
+
+    trained = [p for name, p in model.named_parameters() if not name.startswith("elites")]
+    optimiser = Keep(trained, SETTINGS["model_lr"])
+    optimiser.gradients = []
+    return EnsembleDynamics(model, optimiser, scaler, lambda obs, *_: np.zeros((len(obs), 1))), read
+
+
+def places(order, before):
+    """Where in each row of `before` to find the row of `order`, a permutation of it."""
+    found = np.empty_like(order)
+    ranks = np.argsort(order, 1, kind="stable"), np.argsort(before, 1, kind="stable")
+    np.put_along_axis(found, *ranks, 1)
+    return found
+
+
+def fit(inputs):
+    """Their training of the model: each epoch's losses and last gradient, what is kept."""
+    from offlinerlkit.utils.scaler import StandardScaler
+
+    model, data = unflatten(inputs, "model"), unflatten(inputs, "data")
+    columns = {"observations": "obs", "actions": "action", "next_observations": "next_obs"}
+    samples = {there: data[here] for there, here in columns.items()}
+    samples["rewards"] = data["reward"][:, None]
+    train = np.setdiff1d(np.arange(ROWS), model["holdout"])
+    split = [SimpleNamespace(indices=rows) for rows in (train, model["holdout"])]
+    orders = np.searchsorted(train, model["order"])  # rows among those that are trained on
+    # They order an epoch's rows anew by sorting uniform numbers: ours are the wanted places.
+    moves = [places(new, old) for old, new in zip(orders, orders[1:], strict=False)]
+    moves = iter([*(np.argsort(x, 1) for x in moves), orders[-1]])  # the last is never used
+    dynamics, read = ensemble(model["params"], StandardScaler())
+    seen = {"model loss": [], "holdout error": []}
+
+    def kept(name, f):
+        def run(*args):
+            seen[name].append(f(*args))
+            seen["model after"] = vector(read())  # before the best weights come back
+            return seen[name][-1]
+
+        return run
+
+    dynamics.learn = kept("model loss", dynamics.learn)
+    dynamics.validate = kept("holdout error", dynamics.validate)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch("torch.utils.data.random_split", lambda *_: split),
+        mock.patch("numpy.random.randint", lambda *_, **__: orders[0]),
+        mock.patch("numpy.random.uniform", lambda *_, **__: next(moves)),
+    ):
+        logger = mock.MagicMock(model_dir=folder)
+        dynamics.train(samples, logger, max_epochs=EPOCHS, batch_size=SETTINGS["batch_size"])
+    elites = dynamics.model.elites.numpy()
+    steps = len(train) // SETTINGS["batch_size"]
+    weights = {name: x for name, x in read().items() if name.startswith("Dense")}
+    return {name: np.array(x) for name, x in seen.items()} | {
+        "model gradient": np.array(dynamics.optim.gradients[steps - 1 :: steps]),
+        "elites": vector(tree_map(lambda x: x[elites], weights)),
+    }
+
+
+def rollout(inputs):
+    """One step of theirs, in which each of the members given serves the next rows."""
+    from offlinerlkit.utils.scaler import StandardScaler
+
+    given, params = unflatten(inputs, "rollout"), unflatten(inputs, "model/params")
+    dynamics, _ = ensemble(params, StandardScaler(given["mean"], given["std"]))
+    members = np.repeat(given["members"], given["noise"].shape[1])
+    drawn = np.zeros((SETTINGS["num_members"], len(given["obs"]), OBS + 1), np.float32)
+    drawn[members, np.arange(len(members))] = given["noise"].reshape(-1, OBS + 1)
+    with (
+        mock.patch("numpy.random.normal", lambda **_: drawn),
+        mock.patch("numpy.random.choice", lambda *_, **__: members),
+    ):
+        obs, reward, _, _ = dynamics.step(given["obs"], given["action"])
+    return {"rollout step": np.concatenate([obs - given["obs"], reward], -1)}
+
+
+def theirs(inputs, checkout):
+    stubs = "gym", "gym.envs", "gym.envs.mujoco", "pandas", "matplotlib", "matplotlib.pyplot"
+    stubs = {name: mock.MagicMock() for name in (*stubs, "torch.utils.tensorboard")}
+    sys.path.insert(0, checkout)
+    sys.modules.update(stubs)
+    import offlinerlkit.policy  # noqa: F401
+
+    for name in stubs:  # torch, too, looks whether some of them are there
+        del sys.modules[name]
+    out = learn(inputs) | fit(inputs) | rollout(inputs)
+    variants = {"reshape lost": dict(reshape=False), "policy first": dict(late=False)}
+    for name, how in variants.items():
+        gradient = learn(inputs, updates=1, **how)["critic gradient"]
+        out[f"critic gradient, {name}"] = gradient[0]
+    return out
+
+
+# --- Ours ---
+
+
+def as_batch(fields):
+    """Our Batch of a dict of arrays."""
+    import jax.numpy as jnp
+
+    from common.datasets import Batch
+
+    return Batch(**{name: jnp.asarray(x) for name, x in fields.items()})
+
+
+def keeping(net):
+    """The same TrainState with an optimiser that keeps the gradients it is handed."""
+    import optax
+
+    keep = optax.GradientTransformation(lambda params: params, lambda grads, *_: (grads, grads))
+    return net.replace(tx=optax.chain(keep, net.tx))
+
+
+def started(net, params):
+    """That TrainState at `params`, before its first step."""
+    import jax
+    import jax.numpy as jnp
+
+    params = {"params": jax.tree.map(jnp.asarray, params)}
+    return net.create(apply_fn=net.apply_fn, params=params, tx=net.tx)
+
+
+@functools.cache
+def programs():
+    """Structures of a State and a Fit, and what `ours` runs, compiled once."""
+    import jax
+
+    from algorithms import combo
+
+    cfg, key = combo.Config(**SETTINGS), jax.random.key(0)
+    batch = as_batch(tree_map(lambda x: x[0], random_batches(np.random.default_rng(0), 1, ROWS)))
+    state = jax.eval_shape(functools.partial(combo.init, cfg=cfg), key, batch)
+    state = state.replace(**{name: keeping(getattr(state, name)) for name in NETS})
+    fit = jax.eval_shape(functools.partial(combo.init_fit, cfg=cfg), key, batch)
+    functions = combo.update, combo.init_fit, combo.fit_epoch, combo.model_step
+    run = {f.__name__: jax.jit(functools.partial(f, cfg=cfg)) for f in functions}
+    return state, keeping(fit.model), SimpleNamespace(**run)
+
+
+def our_updates(inputs):
+    import jax
+    import jax.numpy as jnp
+
+    from algorithms import combo
+
+    state, _, run = programs()
+    params = unflatten(inputs, "params")
+    state = state.replace(
+        **{name: started(getattr(state, name), params[name]) for name in NETS},
+        target={"params": jax.tree.map(jnp.asarray, params["target"])},
+        **dict.fromkeys(("obs_mean", "obs_std", "dynamics", "ring")),  # an update needs none
+    )
+    out, batches = {}, unflatten(inputs, "batch")
+    for t, key in enumerate(keys(3, UPDATES)):
+        old = state
+        batch = as_batch(tree_map(lambda x, t=t: x[t], batches))
+        state, info = run.update(old, batch, key)
+        loss, _ = combo.temperature_loss(old.temperature.params, old, info["entropy"], -ACTION)
+        found = {"temperature loss": loss} | {k: info[k.replace(" ", "_")] for k in (
+            "actor loss", "critic loss")}  # fmt: skip
+        for name in NETS:
+            kept, _ = jax.device_get(getattr(state, name).opt_state)
+            found[f"{name} gradient"] = vector(kept["params"])
+        out = {name: [*out.get(name, []), x] for name, x in found.items()}
+    out = {name: np.array(x) for name, x in out.items()}
+    final = {name: getattr(state, name).params for name in NETS} | {"target": state.target}
+    for name, x in jax.device_get(final).items():
+        out[f"{name} after"] = vector(x["params"])
+    return out | dict.fromkeys(DIFFERS, out["critic gradient"][0])
+
+
+def our_fit(inputs):
+    import jax
+
+    from algorithms import combo
+
+    _, model, run = programs()
+    data = as_batch(unflatten(inputs, "data"))
+    fit = run.init_fit(jax.random.key(1), data)
+    fit = fit.replace(model=started(model, unflatten(inputs, "model/params")))
+    seen = {"model loss": [], "holdout error": [], "model gradient": []}
+    for key in keys(2, EPOCHS):
+        fit, info = run.fit_epoch(fit, data, key)
+        kept, _ = jax.device_get(fit.model.opt_state)
+        seen["model loss"].append(info["train_loss"])
+        seen["holdout error"].append(info["holdout_error"])
+        seen["model gradient"].append(vector(kept["params"]))
+    last = jax.device_get(fit.model.params["params"])
+    best = jax.device_get(combo.elites(fit, combo.Config(**SETTINGS)).params["params"])
+    return {name: np.array(x) for name, x in seen.items()} | {
+        "model after": vector(last),
+        "elites": vector({name: x for name, x in best.items() if name.startswith("Dense")}),
+    }
+
+
+def our_rollout(inputs):
+    import jax
+
+    from algorithms import combo
+
+    _, _, run = programs()
+    given, params = unflatten(inputs, "rollout"), unflatten(inputs, "model/params")
+    params = {"params": tree_map(lambda x: x[given["members"]], params)}
+    dynamics = combo.Dynamics(params, given["mean"], given["std"])
+    obs, reward = run.model_step(dynamics, given["obs"], given["action"], jax.random.key(4))
+    return {"rollout step": np.concatenate([obs - given["obs"], reward[:, None]], -1)}
+
+
+def ours(inputs):
+    return our_updates(inputs) | our_fit(inputs) | our_rollout(inputs)
