@@ -39,7 +39,7 @@ from common.policy import Policy, pure
 __all__ = ["Run", "RunError", "TIMING", "load", "load_policy", "resolve"]
 
 TIMING = ("seconds", "updates_per_second")  # the columns in which equal runs differ: the last ones
-EXPLODED = 1e4  # a Q-value is, beyond so many times what any episode of the data could earn
+EXPLODED = 1e3  # a Q-value is, beyond so many times what any episode of the data could earn
 
 
 def load(run):
@@ -126,6 +126,8 @@ class Run:
         began, now = info["dataset"].get("sha256"), self.data.provenance.get("sha256")
         if began != now or info["dims"] != self._dims():
             raise RunError(f"{self.data.name} is not the data that {self.folder} began with.")
+        if self.step < self.cfg.num_updates and not os.access(self.folder, os.W_OK):
+            raise RunError(f"{self.folder} cannot be written to, it is read-only.")
         how = "Bring it back from a copy, or begin a new run"
         try:  # what came after the checkpoint is made again
             header, *lines = (self.folder / "metrics.csv").read_text("utf-8").splitlines()

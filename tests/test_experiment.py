@@ -461,6 +461,16 @@ def test_disk_full(cfg, whole, monkeypatch):
     assert equal(resumed(run).folder, whole.folder)
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_training(cfg, monkeypatch):
+    """A run that is finished can still be looked at."""
+    run, done = toy.main(cfg, stop=20), toy.main(cfg)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(experiment.RunError, match="cannot be written to") as error:
+        resumed(run)
+    assert str(run.folder) in str(error.value)
+    assert resumed(done).step == 50
+
+
 def test_output_folder_that_cannot_be(cfg, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(experiment.RunError, match="Cannot use .*file"):
@@ -538,9 +548,9 @@ def test_a_run_whose_seeds_all_diverge_ends(cfg, capsys):
 
 
 def test_large_values_are_no_divergence(cfg):
-    """A Q-value may be 10,000 times what an episode of the data could earn, other metrics any."""
+    """A Q-value may be 1,000 times what an episode of the data could earn, other metrics any."""
     data = toy.dataset(cfg.env)
-    limit = 1e4 * np.abs(data.reward).max() * 10
+    limit = 1e3 * np.abs(data.reward).max() * 10
     run = experiment.Run(cfg, data)
     steps = run.steps()
     run.record(next(steps), {"q_data": np.array([1, -1]) * 0.9 * limit, "loss": np.full(2, 1e30)})
