@@ -31,8 +31,8 @@ PEER = dict(
     commit="21efac46faadef7d24ecf03a8091ab9cc3a613fd",
     environment="torch numpy ml_collections absl-py",
 )
-# The port's default of 10 actions and a weight of 5; large steps, so that three updates show.
-SETTINGS = dict(widths=(16, 16), gamma=0.9, actor_lr=1e-2, critic_lr=2e-2, polyak=0.1)
+# The port's defaults of 10 actions and a weight of 5; large steps, so that three updates show.
+SETTINGS = dict(widths=(16, 16), gamma=0.9, actor_lr=3e-3, critic_lr=5e-3, polyak=0.1)
 VARIANTS = {
     "H": (dict(), dict()),
     "Lagrange": (dict(lagrange=1.5), dict(cql_lagrange=True, cql_target_action_gap=1.5)),
