@@ -61,8 +61,9 @@ def resolve(cfg, paper=None):
     for part in ["default", *sorted((part for part in paper or {} if part in name), key=len)]:
         values |= (paper or {}).get(part, {})
     cfg = dataclasses.replace(cfg, **{k: v for k, v in values.items() if getattr(cfg, k) is None})
+    where = f"{cfg.resume}/config.json: " if cfg.resume else ""  # nobody typed it
     for name, value in vars(cfg).items():
-        _check(name, value)
+        _check(where, name, value)
     if cfg.seed + cfg.num_seeds > 2**31:
         raise RunError(f"--seed {cfg.seed}: the last seed must be 2,147,483,647 or less.")
     total, every = cfg.num_updates, min(cfg.eval_every, cfg.num_updates)
@@ -72,17 +73,17 @@ def resolve(cfg, paper=None):
     return dataclasses.replace(cfg, eval_every=every)
 
 
-def _check(name, value):
+def _check(where, name, value):
     """RunError unless `value`, or each number in it, is as RULES say; others than numbers pass."""
     if isinstance(value, tuple):
         if not value:
-            raise RunError(f"{_flag(name)}: needs at least one value.")
+            raise RunError(f"{where}{_flag(name)}: needs at least one value.")
         for one in value:
-            _check(name, one)
+            _check(where, name, one)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         rule, good = next(RULES[pattern] for pattern in RULES if re.fullmatch(pattern, name))
         if not good(value):
-            raise RunError(f"{_flag(name)} {value}: must be {rule}.")
+            raise RunError(f"{where}{_flag(name)} {value}: must be {rule}.")
 
 
 def agree(cfg, data, window=""):
