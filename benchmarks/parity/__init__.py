@@ -5,6 +5,9 @@ A tree is a dict of dicts of arrays, as Flax keeps parameters; flat, its names a
 
 import numpy as np
 
+# For jax.jit: the same mathematics, compiled in half the time.
+QUICK = dict(compiler_options={"xla_backend_optimization_level": 0})
+
 
 def tree_map(f, *trees):
     """A tree of f(leaf, leaf, ...) from trees of one structure."""

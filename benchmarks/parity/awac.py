@@ -14,6 +14,7 @@ awac_lambda is 1 / beta.
 import numpy as np
 
 from benchmarks.parity import (
+    QUICK,
     flatten,
     from_mlp,
     random_batches,
@@ -38,7 +39,7 @@ SETTINGS = dict(
 def inputs():
     import jax
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(2)  # no gradient so small that rounding turns Adam round
     batches = random_batches(rng)
     _, state = start(batches)
     params = {n: scramble(getattr(state, n).params["params"], rng) for n in ("actor", "critic")}
@@ -82,7 +83,7 @@ def start(batches):
 def ours(inputs):
     import jax
 
-    return jax.jit(outputs)(unflatten(inputs, "batch"), unflatten(inputs, "params"))
+    return jax.jit(outputs, **QUICK)(unflatten(inputs, "batch"), unflatten(inputs, "params"))
 
 
 def outputs(batches, params):

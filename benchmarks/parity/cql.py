@@ -16,6 +16,7 @@ temperature, their log_alpha_prime that of our multiplier. Under Lagrange they c
 import numpy as np
 
 from benchmarks.parity import (
+    QUICK,
     flatten,
     from_mlp,
     random_batches,
@@ -96,7 +97,7 @@ def ours(inputs):
     import jax
 
     batches, params = unflatten(inputs, "batch"), unflatten(inputs, "params")
-    run = jax.jit(outputs, static_argnums=0)
+    run = jax.jit(outputs, static_argnums=0, **QUICK)
     return {k: v for name in VARIANTS for k, v in run(name, batches, params).items()}
 
 
@@ -115,26 +116,19 @@ def outputs(variant, batches, params):
 
     batch, key = jax.tree.map(lambda x: x[0], (batches, keys()))
     k_actor, k_critic = jax.random.split(key)
-    (actor_loss, info), d_actor = gradient(cql.actor_loss, "actor", batch, k_actor)
-    target_entropy = -batch.action.shape[-1]
-    (temperature_loss, _), d_temperature = gradient(
-        cql.temperature_loss, "temperature", info["entropy"], target_entropy
-    )
-    (critic_loss, info), d_critic = gradient(cql.critic_loss, "critic", batch, k_critic, cfg)
-    out = {
-        "actor loss": actor_loss,
-        "actor gradient": d_actor,
-        "temperature loss": temperature_loss,
-        "temperature gradient": d_temperature,
-        "critic loss": critic_loss,
-        "critic gradient": d_critic,
-        "TD loss": info["td_loss"],
-    }
+    (loss, info), slope = gradient(cql.critic_loss, "critic", batch, k_critic, cfg)
+    out = {"critic loss": loss, "critic gradient": slope, "TD loss": info["td_loss"]}
     if variant != "SAC":
         out["gap"] = info["gap"]
     if variant == "Lagrange":
-        (loss, _), d_multiplier = gradient(cql.multiplier_loss, "multiplier", info["gap"], cfg)
-        out |= {"multiplier loss": loss, "multiplier gradient": d_multiplier}
+        (loss, _), slope = gradient(cql.multiplier_loss, "multiplier", info["gap"], cfg)
+        out |= {"multiplier loss": loss, "multiplier gradient": slope}
+    if variant == "H":  # the same in all
+        (loss, info), slope = gradient(cql.actor_loss, "actor", batch, k_actor)
+        out |= {"actor loss": loss, "actor gradient": slope}
+        args = info["entropy"], -batch.action.shape[-1]
+        (loss, _), slope = gradient(cql.temperature_loss, "temperature", *args)
+        out |= {"temperature loss": loss, "temperature gradient": slope}
 
     state, infos = jax.lax.scan(lambda s, row: cql.update(s, *row, cfg), state, (batches, keys()))
     for name in ("actor", "critic"):
@@ -214,15 +208,15 @@ def train(variant, batches, params, noise):
         return loss
 
     info = infos[0]
+    if variant != "H":
+        del gradients["actor"], gradients["temperature"]
     out = {f"{name} gradient": tree for name, tree in gradients.items()}
     out |= {f"{name} after 3 updates": read(sac, name) for name in (*nets, "target")}
     out["actor loss of 3 updates"] = np.array([info["policy_loss"] for info in infos])
     out["critic loss of 3 updates"] = np.array([critic_loss(info) for info in infos])
-    out["actor loss"], out["critic loss"] = info["policy_loss"], critic_loss(info)
-    out["temperature loss"], out["TD loss"] = (
-        info["alpha_loss"],
-        info["qf1_loss"] + info["qf2_loss"],
-    )
+    out["critic loss"], out["TD loss"] = critic_loss(info), info["qf1_loss"] + info["qf2_loss"]
+    if variant == "H":
+        out["actor loss"], out["temperature loss"] = info["policy_loss"], info["alpha_loss"]
     if variant != "SAC":
         out["gap"] = (info["cql/cql_qf1_diff"] + info["cql/cql_qf2_diff"]) / 2
     if variant == "Lagrange":

@@ -13,7 +13,7 @@ stands beside its MLP, ours is the MLP's last; their log_stds is our log_std.
 
 import numpy as np
 
-from benchmarks.parity import flatten, random_batches, scramble, tree_map, unflatten
+from benchmarks.parity import QUICK, flatten, random_batches, scramble, tree_map, unflatten
 
 PEER = dict(
     name="authors (implicit_q_learning)",
@@ -55,7 +55,7 @@ def start(batches):
 def ours(inputs):
     import jax
 
-    return jax.jit(outputs)(unflatten(inputs, "batch"), unflatten(inputs, "params"))
+    return jax.jit(outputs, **QUICK)(unflatten(inputs, "batch"), unflatten(inputs, "params"))
 
 
 def outputs(batches, params):
