@@ -12,7 +12,8 @@ Run: python algorithms/iql.py --env halfcheetah-medium-v2 --num-seeds 4
 As the authors' code, not the paper: Q_target is the smaller of two target critics, the exponential
 is clipped at 100, the policy learns against the new V. Differs from the authors' code: LeCun for
 orthogonal initialisation; observations are standardised; the data's own next_obs, so that rows at
-time limits count; actions of the data are not clipped.
+time limits count; actions of the data are not clipped. On Adroit and the kitchen theirs also has
+dropout of 0.1, beta of 0.5 and rewards as they are. benchmarks/parity: the same updates.
 """
 
 import sys
