@@ -8,7 +8,7 @@
         run.save(step, state)
     run.finish()
 
-A trained policy in your own code: `policy = load_policy("runs/iql/..."); action = policy(obs)`.
+A trained policy in your own code: see saved.py.
 """
 
 import inspect
@@ -20,58 +20,21 @@ import sys
 import time
 from contextlib import closing, contextmanager, suppress
 from datetime import datetime, timedelta
-from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import serialization
 from rich.console import Console
 
 from common import checkpoint, config, curve, interrupt
 from common.boards import Boards
 from common.checkpoint import RunError
 from common.config import resolve
-from common.datasets import Batch
-from common.policy import Policy, pure
+from common.divergence import Divergence
+from common.saved import load, load_policy, recorded
 
-__all__ = ["Run", "RunError", "TIMING", "load", "load_policy", "resolve"]
+__all__ = ["Run", "RunError", "TIMING", "load", "load_policy", "recorded", "resolve"]
 
 TIMING = ("seconds", "updates_per_second")  # the columns in which equal runs differ: the last ones
-EXPLODED = 1e3  # a Q-value is, beyond so many times what any episode of the data could earn
-
-
-def load(run):
-    """(algorithm's module, cfg, state) of a run folder's last checkpoint, seeds on axis 0."""
-    folder = Path(run).expanduser().resolve()
-    info = config.read(folder)
-    module, (n, d, a) = config.module(info["algorithm"]), info["dims"]
-    cfg = config.build(module.Config, info["config"], folder)
-    shapes = Batch((n, d), (n, a), (n,), (n, d), (n,))
-    data = Batch(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
-    keys = jax.vmap(jax.random.key)(jnp.arange(cfg.num_seeds))
-    template = jax.eval_shape(jax.vmap(partial(module.init, cfg=cfg), (0, None)), keys, data)
-    _, saved = checkpoint.read(folder)
-    if saved is None:
-        raise RunError(f"{folder} has no checkpoint yet.")
-    for seed in _read_diverged(folder).values():
-        print(seed["message"], file=sys.stderr)
-    return module, cfg, checkpoint.fill(template, saved)
-
-
-def load_policy(run, seed_index=0):
-    """The Policy of one seed of a run: action = policy(obs); policy.reset() begins an episode."""
-    module, cfg, state = load(run)
-    return Policy(pure(module, cfg), jax.tree.map(lambda x: x[seed_index], state))
-
-
-def recorded(run):
-    """The returns (S, episodes) that training recorded at the last checkpoint, or None."""
-    step, _ = checkpoint.read(Path(run).expanduser().resolve())
-    path = Path(run) / "returns.json"
-    returns = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return returns.get(str(step))
 
 
 class Run:
@@ -84,13 +47,16 @@ class Run:
     def __init__(self, cfg, data, window=""):
         config.agree(cfg, data, window)
         self.cfg, self.data, self.folder, self.step = cfg, data, Path(cfg.resume), 0
-        self._console, self._lines, self._returns, self._diverged = Console(), [], {}, {}
+        self._console, self._lines, self._returns = Console(), [], {}
         self._seconds, self._speeds, self._stopping = 0.0, [], False
         self._saved, self._facts = None, config.machine()
-        with self._writing():
-            self._reopen() if cfg.resume else self._create()
         self._seeds = cfg.seed + np.arange(cfg.num_seeds)
-        self._limit = max(1.0, float(np.abs(data.reward).max() * data.length.max())) * EXPLODED
+        with self._writing():
+            if not cfg.resume:
+                self._create()
+            self._diverged = Divergence(self.folder, self._seeds, data)
+            if cfg.resume:
+                self._reopen()
         self._boards = Boards(self.folder, self._seeds, vars(cfg) if cfg.wandb else None)
         behaviour = self._outcome(data.returns())
         self.log(f"{data.name}: {len(data.obs):,} transitions, behaviour's {behaviour} an episode")
@@ -140,8 +106,7 @@ class Run:
             self._seconds = float(table[-1, -2]) if count else 0.0
             returns = json.loads((self.folder / "returns.json").read_text("utf-8"))
             self._returns = {step: x for step, x in returns.items() if int(step) <= self.step}
-            diverged = _read_diverged(self.folder)
-            self._diverged = {seed: x for seed, x in diverged.items() if x["step"] <= self.step}
+            self._diverged.reopen(self.step)
             shapes = {np.shape(np.array(x, float)) for x in self._returns.values()}
             if shapes - {(self.cfg.num_seeds, self.cfg.eval_episodes)}:
                 raise ValueError(f"not {self.cfg.eval_episodes} returns of each seed")
@@ -226,9 +191,8 @@ class Run:
         metrics: {name: (S,)}, the same names each time; returns: (S, episodes), undiscounted, None:
         not evaluated. updates_per_second counts the time of the evaluation, too.
 
-        A seed has diverged when a metric of it is not finite, or a Q-value, a metric q_..., has
-        exploded. The others go on; its numbers are nan from then on, and its last good state is the
-        one that is saved. Raises RunError when no seed is left.
+        A seed that diverges is stopped: its numbers are nan from then on, and its last good state
+        is the one that is saved; the others go on. Raises RunError when no seed is left.
         """
         cfg, count = self.cfg, self.cfg.num_seeds
         metrics = {name: np.asarray(x) for name, x in metrics.items()}  # waits for the chunk
@@ -238,7 +202,7 @@ class Run:
         seconds = time.perf_counter() - self._begin
         self._seconds += seconds
         self._speeds.append(cfg.eval_every / seconds)
-        mean, std, gone = np.full(count, np.nan), np.full(count, np.nan), self._gone()
+        mean, std, gone = np.full(count, np.nan), np.full(count, np.nan), self._diverged.gone
         if returns is not None and np.size(returns):
             returns = np.where(gone[:, None], np.nan, returns)
             mean, std = np.mean(returns, 1), np.std(returns, 1)
@@ -258,32 +222,11 @@ class Run:
             checkpoint.write(self.folder / "returns.json", json.dumps(self._returns) + "\n")
             self._boards.write(step, columns)
         self._progress(step, mean[np.isfinite(mean)])
-        self._watch(step, metrics)
-
-    def _gone(self):
-        """(S,) bool: the seeds that have diverged."""
-        return np.isin(self._seeds.astype(str), [*self._diverged])
-
-    def _watch(self, step, metrics):
-        """Finds the seeds that have diverged in this chunk."""
-        before, good = self._gone(), f"its last good checkpoint is that of step {self.step:,}"
-        for name, x in metrics.items():
-            bad = ~np.isfinite(x) | (name.startswith("q_") & (np.abs(x) > self._limit))
-            for i in np.flatnonzero(bad & ~self._gone()):
-                what = f"Seed {self._seeds[i]} has diverged, {name} is {x[i]:.3g} at step {step:,}"
-                message = f"{what}: {good if self.step else 'it has no good checkpoint'}."
-                self._diverged[str(self._seeds[i])] = {"step": step, "message": message}
-        if (self._gone() == before).all():
-            return
         with self._writing():
-            text = json.dumps(self._diverged, indent=1) + "\n"
-            checkpoint.write(self.folder / "diverged.json", text)
-        new = self._seeds[self._gone() & ~before]
-        told = "\n".join(self._diverged[str(seed)]["message"] for seed in new)
-        if self._gone().all():
-            how = "Smaller learning rates, or a stronger penalty on Q, may help"
-            raise RunError(f"{told}\nNo seed is left in {_short(self.folder)}. {how}.")
-        self.log(told)
+            new = self._diverged.watch(step, metrics, self.step)
+        self._diverged.stop_if_none_is_left(new)
+        for message in new:
+            self.log(message)
 
     def _progress(self, step, mean):
         total, speed = self.cfg.num_updates, self._speeds[-1]
@@ -304,20 +247,8 @@ class Run:
         due = step % getattr(self.cfg, "save_every", every) < every
         if due or self._stopping or step == self.cfg.num_updates:
             with self._writing():
-                checkpoint.save(self.folder, step, self._good(state))
+                checkpoint.save(self.folder, step, self._diverged.mended(state))
             self.step = step
-
-    def _good(self, state):
-        """`state`, but for the seeds that have diverged the one of the last checkpoint."""
-        gone = self._gone()
-        _, saved = checkpoint.read(self.folder) if gone.any() else (0, None)
-        if saved is None:
-            return state
-
-        def mend(x, good):
-            return np.where(gone.reshape(-1, *[1] * (x.ndim - 1)), good, x)
-
-        return jax.tree.map(mend, serialization.to_state_dict(jax.device_get(state)), saved)
 
     def finish(self):
         """curve.png, and the last lines: score, its interval, how to film the policy."""
@@ -329,11 +260,11 @@ class Run:
         columns = dict(zip(header, np.moveaxis(table, -1, 0), strict=True))
         levels = np.array([data.returns().mean(), data.returns().max()])
         last = np.array(self._returns.get(str(self.cfg.num_updates), []))
-        if self._diverged:  # what follows is about the others
-            for seed in self._diverged.values():
-                self.log(seed["message"])
-            columns = {name: x[:, ~self._gone()] for name, x in columns.items()}
-            last = last[~self._gone()] if last.size else last
+        if self._diverged.messages:  # what follows is about the others
+            self.log("\n".join(self._diverged.messages))
+            left = ~self._diverged.gone
+            columns = {name: x[:, left] for name, x in columns.items()}
+            last = last[left] if last.size else last
         name = "return"
         if np.isfinite(data.score(levels)).all():
             name, levels, last = "score", data.score(levels), data.score(last)
@@ -345,12 +276,6 @@ class Run:
         self.log(f"Curve: {_short(path)}")
         folder = shlex.quote(_short(self.folder))
         self.log(f"Video: python -m common.evaluation {folder} --video run.mp4")
-
-
-def _read_diverged(folder):
-    """{seed: {"step": ..., "message": ...}} of a run's seeds that have diverged."""
-    path = folder / "diverged.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
 
 def _short(path):
