@@ -1,17 +1,17 @@
-"""What is said about offline RL, shown in two tiny worlds where the truth is known.
+"""What is said of offline RL, shown in two tiny worlds where the truth is known.
 
 The corridor: five places in a row. Action a in [-1, 1] steps right with probability (1 + a) / 2,
-else left (from the first place: nowhere). Leaving by the right end pays 1 and ends. Q is linear in
-a, and the value of any policy, which hangs on its mean actions alone, is a linear system of five.
+else left (from the first place: nowhere). To leave by the right end pays 1 and ends. So Q is linear
+in a, and a policy's value, which hangs on its mean actions alone, solves five linear equations.
 
 The ledge: a position x in [-1, 1] moves to x + 0.2 a and pays x / 2 + a; beyond a = 0.3 one falls,
-which costs 10 (a - 0.3)^2. Nothing ends. The value of a policy is computed on a grid.
+which costs 10 (a - 0.3)^2. Nothing ends. A policy's value solves linear equations on a grid.
 
-    python benchmarks/claims.py               # all; results/claims.json and results/claims/*.png
+    python benchmarks/claims.py               # results/claims.json and results/claims/*.png
     python benchmarks/claims.py --only iql
 
-All is learned by the files in algorithms/, five seeds each; bars and bands go from the least seed
-to the greatest. That values are joined where no episode went, `benchmarks/stitching.py` shows.
+The files in algorithms/ do the learning, with small networks and several seeds; bars and bands go
+from the least seed to the greatest. Of joining two episodes: benchmarks/stitching.py.
 """
 
 import importlib
@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 
+import claims_pictures
+import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,8 +36,8 @@ sys.path.insert(1, str(ROOT))  # finds common/
 sys.path.insert(2, str(ROOT / "algorithms"))
 from common import config, datasets, experiment  # noqa: E402
 
-NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 200) for i in range(200)])  # equal shares
-NETS = dict(widths=(32, 32), normalize=False, batch_size=128)
+NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 40) for i in range(40)])  # equally likely
+NETS = dict(env="claims", widths=(32,), normalize=False, batch_size=128)
 
 
 @dataclass(frozen=True)
@@ -46,49 +48,54 @@ class Config:
 
 # --- The corridor ---
 
-PLACES, GAMMA = 5, 0.9
+PLACES, GAMMA, MIDDLE = np.arange(5), 0.9, 2
+SEEN = (-1.0, 0.4)  # where the data's actions are uniform, for IQL and AWAC
 
 
 def corridor_q(v, action, effort=0.0):
-    """Q(s, a) (5, K) of actions (5, K) or (K,), followed by a policy of value v (5,).
+    """Q (..., 5, K) of actions (K,) or (..., 5, K), each at effort a^2, then a policy of value v.
 
-    An action costs effort * a^2.
+    v: (..., 5).
     """
-    ahead, behind = np.append(GAMMA * v[1:], 1.0), GAMMA * np.append(v[0], v[:-1])
-    right = (1 + np.asarray(action, float)) / 2
-    return right * ahead[:, None] + (1 - right) * behind[:, None] - effort * action**2
+    ahead = np.concatenate([GAMMA * v[..., 1:], np.ones_like(v[..., :1])], -1)[..., None]
+    behind = GAMMA * np.concatenate([v[..., :1], v[..., :-1]], -1)[..., None]
+    right = (1 + action) / 2
+    return right * ahead + (1 - right) * behind - effort * action**2
 
 
 def corridor_value(mean, square=0.0, effort=0.0):
-    """V (5,) of a policy from E[a] and E[a^2], each (5,) or one number for all places."""
-    right = (1 + np.broadcast_to(mean, PLACES)) / 2
-    move = np.diag(right[:-1], 1) + np.diag(1 - right[1:], -1)
-    move[0, 0] = 1 - right[0]
-    pays = np.append(np.zeros(PLACES - 1), right[-1]) - effort * np.broadcast_to(square, PLACES)
-    return np.linalg.solve(np.eye(PLACES) - GAMMA * move, pays)
-
-
-def corridor_data(rng, action, effort=0.0):
-    """A Batch of one row for each of the actions (N,), the places in turn."""
-    place = np.arange(len(action)) % PLACES
-    to = place + np.where(rng.random(len(action)) < (1 + action) / 2, 1, -1)
-    done, eye = to == PLACES, np.eye(PLACES)
-    rows = eye[place], action[:, None], done - effort * action**2
-    rows += eye[to.clip(0, PLACES - 1)], done
-    return datasets.Batch(*(np.asarray(x, np.float32) for x in rows))
+    """V (..., 5) of a policy from E[a] (..., 5), and E[a^2] where that matters."""
+    right = (1 + np.asarray(mean, float)) / 2
+    move = np.zeros((*right.shape, len(PLACES)))
+    move[..., PLACES[:-1], PLACES[1:]] = right[..., :-1]
+    move[..., PLACES[1:], PLACES[:-1]] = 1 - right[..., 1:]
+    move[..., 0, 0] = 1 - right[..., 0]
+    pays = right * (PLACES[-1] == PLACES) - effort * square
+    return np.linalg.solve(np.eye(len(PLACES)) - GAMMA * move, pays[..., None])[..., 0]
 
 
 def corridor_best(effort=0.0):
     """V (5,) of the best policy."""
-    v, actions = np.zeros(PLACES), np.linspace(-1, 1, 201)
+    v = np.zeros(len(PLACES))
     for _ in range(500):
-        v = corridor_q(v, actions, effort).max(1)
+        v = corridor_q(v, np.linspace(-1, 1, 201), effort).max(1)
     return v
+
+
+def corridor_data(rng, action, effort=0.0):
+    """A Batch of one row for each of the actions (N,), the places in turn."""
+    place = np.arange(len(action)) % len(PLACES)
+    to = place + np.where(rng.random(len(action)) < (1 + action) / 2, 1, -1)
+    done, eye = to == len(PLACES), np.eye(len(PLACES))
+    rows = eye[place], action[:, None], done - effort * action**2
+    rows += eye[to.clip(0, PLACES[-1])], done
+    return datasets.Batch(*(np.asarray(x, np.float32) for x in rows))
 
 
 # --- The ledge ---
 
-LEDGE_GAMMA, EDGE, GRID = 0.95, 0.3, np.linspace(-1, 1, 201)
+LEDGE_GAMMA, EDGE, GRID = 0.95, 0.3, np.linspace(-1, 1, 101)
+TRIED = (-0.7, EDGE)  # where the data's actions are uniform
 
 
 def ledge_step(x, action):
@@ -97,50 +104,52 @@ def ledge_step(x, action):
     return np.clip(x + 0.2 * action, -1, 1), x / 2 + action - fall
 
 
+@partial(np.vectorize, signature="(g,k)->(g)")
 def ledge_value(actions):
-    """V (201,) on GRID of a policy that takes each of its actions (201, K) equally often."""
+    """V (..., G) on GRID of a policy that takes each of its actions (..., G, K) equally often."""
     to, pays = ledge_step(GRID[:, None], actions)
     near = np.maximum(1 - np.abs(to[:, :, None] - GRID) / (GRID[1] - GRID[0]), 0)  # interpolates
     return np.linalg.solve(np.eye(len(GRID)) - LEDGE_GAMMA * near.mean(1), pays.mean(1))
 
 
+@partial(np.vectorize, signature="(g),(n),(n)->(n)")
 def ledge_q(v, x, action):
-    """Q of actions at x, of equal shape, followed by a policy of value v (201,)."""
+    """Q (..., N) of actions at x, then a policy of value v (..., G)."""
     to, pays = ledge_step(x, action)
     return pays + LEDGE_GAMMA * np.interp(to, GRID, v)
 
 
 def ledge_best():
-    """V (201,) of the best policy, by policy iteration over 201 actions."""
-    choices, best = np.linspace(-1, 1, 201), np.zeros((len(GRID), 1))
+    """V (G,) of the best policy, by policy iteration over 201 actions."""
+    best, choices = np.zeros((len(GRID), 1)), np.linspace(-1, 1, 201)
     for _ in range(20):
         v = ledge_value(best)
-        best = choices[ledge_q(v, GRID[:, None], choices).argmax(1)][:, None]
+        q = [ledge_q(v, GRID, np.full(len(GRID), a)) for a in choices]
+        best = choices[np.argmax(q, 0)][:, None]
     return v
 
 
 def ledge_data(rows=4000, seed=0):
     """A Batch of positions and actions at random, no action beyond the ledge."""
     rng = np.random.default_rng(seed)
-    x, action = rng.uniform(-1, 1, rows), rng.uniform(-0.7, EDGE, rows)
+    x, action = rng.uniform(-1, 1, rows), rng.uniform(*TRIED, rows)
     to, pays = ledge_step(x, action)
     rows = x[:, None], action[:, None], pays, to[:, None], np.zeros(rows)
     return datasets.Batch(*(np.asarray(x, np.float32) for x in rows))
 
 
-# --- Training ---
+# --- Training: V values of one field of a config by S seeds, side by side ---
 
 
 def train(name, data, field=None, values=None, seeds=5, terminal=None, adapt=None, **settings):
-    """States (V, S, ...) of each of V values of a config's field and S seeds, chunk by chunk.
+    """States (V, S, ...) after each `eval_every` updates.
 
-    data: a Batch; or where there is no field V Batches, (V, N, ...). adapt: changes a fresh State.
+    data: a Batch; or where `field` is None, V of them, (V, N, ...). adapt: changes a fresh State.
     """
     module = importlib.import_module(name)
-    own = module.Config(**NETS | dict(env="claims") | settings)
-    own = experiment.resolve(own, getattr(module, "PAPER", {}))
+    own = experiment.resolve(module.Config(**NETS | settings), getattr(module, "PAPER", {}))
     extra, of_data = {} if terminal is None else {"terminal": terminal}, None if field else 0
-    values = jnp.zeros(len(data.reward)) if field is None else jnp.array(values, jnp.float32)
+    values = jnp.array(values, jnp.float32) if field else jnp.zeros(len(data.reward))
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
     fold = jax.vmap(jax.random.fold_in, (0, None))
 
@@ -152,88 +161,95 @@ def train(name, data, field=None, values=None, seeds=5, terminal=None, adapt=Non
         cfg = replace(own, **{field: value}) if field else own
         return module.train_chunk(state, data, key, cfg, **extra)[0]
 
-    chunk = jax.vmap(jax.vmap(chunk, (None, 0, None, 0)), (0, 0, of_data, None))
-    chunk = jax.jit(chunk, donate_argnums=1)
     start = jax.vmap(jax.vmap(start, (None, 0)), (of_data, None), axis_size=len(values))
     state = jax.jit(start)(data, fold(keys, 0))
-    if terminal is not None:
+    if terminal is not None:  # COMBO's: a model for each seed, the same for all values
         dynamics = module.fit_dynamics(keys, data, own, lambda line: None)
         dynamics = jax.tree.map(lambda x: jnp.stack([x] * len(values)), dynamics)
         state = state.replace(dynamics=dynamics)
+    chunk = jax.jit(jax.vmap(jax.vmap(chunk, (None, 0, None, 0)), (0, 0, of_data, None)))
     for i in range(own.num_updates // own.eval_every):
         state = chunk(values, state, data, fold(keys, i + 1))
         yield state
 
 
-def last(states):
-    """The last of an iterable."""
-    return list(states)[-1]
+def trained(*args, updates, **settings):
+    """The states after the last update."""
+    return list(train(*args, num_updates=updates, eval_every=updates, **settings))[-1]
 
 
-def each(state, function):
-    """function(State of one run) for all V x S of them: stacked (V, S, ...), in float64."""
-    out = jax.jit(jax.vmap(jax.vmap(function)))(state)
+def each(function, state, *inputs):
+    """function(State of one run, inputs (N, .)) of all runs, (V, S, ...), in float64.
+
+    inputs: (N, .), or of each run (V, S, N, .).
+    """
+    runs = jax.tree.leaves(state)[0].shape[:2]
+    inputs = [jnp.broadcast_to(jnp.float32(x), (*runs, *np.shape(x)[-2:])) for x in inputs]
+    out = jax.jit(jax.vmap(jax.vmap(function)))(state, *inputs)
     return jax.tree.map(lambda x: np.asarray(x, float), out)
 
 
-def critics(obs, action):
-    """For `each`: the smaller of two critics' Q at obs (N, D) and actions (N, 1); (N,)."""
-    obs, action = jnp.float32(obs), jnp.float32(action)
-    return lambda state: state.critic.apply_fn(state.critic.params, obs, action).min(0)
+def q_value(state, obs, action):
+    """The smaller of two critics' Q (N,) at obs (N, D), action (N, 1)."""
+    return state.critic.apply_fn(state.critic.params, obs, action).min(0)
 
 
-def gaussian(obs):
-    """For `each`: mean and std of the policy's Gaussian at obs (N, D), before any tanh; (N,)."""
+def gaussian(state, obs):
+    """Mean and std (N,) of the policy at obs (N, D), before any tanh."""
+    pi = state.actor.apply_fn(state.actor.params, obs)
+    pi = pi if isinstance(pi, distrax.MultivariateNormalDiag) else pi.distribution
+    return pi.mean()[:, 0], pi.stddev()[:, 0]
 
-    def moments(state):
-        pi = state.actor.apply_fn(state.actor.params, jnp.float32(obs))
-        pi = getattr(pi, "distribution", pi)
-        return pi.mean()[:, 0], pi.stddev()[:, 0]
 
-    return moments
+def likely_actions(state, obs, squash):
+    """40 equally likely actions of each run's policy at obs (N, D): (V, S, N, 40)."""
+    mean, std = each(gaussian, state, obs)
+    return squash(mean[..., None] + std[..., None] * NORMAL)
+
+
+def on_the_ledge(state, x):
+    """Of each run's policy at positions x (N,) or (V, S, N): its value, and means over its actions.
+
+    {"value": (V, S, G), "believed" and "true": Q, "beyond": share beyond the data, all (V, S)}.
+    """
+    v = ledge_value(likely_actions(state, GRID[:, None], np.tanh))
+    action = likely_actions(state, x[..., None], np.tanh)[..., ::4]  # (V, S, N, 10)
+    x = np.repeat(x, action.shape[-1], -1)
+    action = action.reshape(*v.shape[:2], -1)
+    believed = each(q_value, state, x[..., None], action[..., None]).mean(2)
+    true, beyond = ledge_q(v, x, action).mean(2), np.mean(action > EDGE, 2)
+    return {"value": v, "believed": believed, "true": true, "beyond": beyond}
 
 
 def spread(x):
-    """Mean, least and greatest over the last axis, one value a seed."""
+    """Mean, least and greatest over the last axis, the seeds."""
     return {"mean": np.mean(x, -1), "least": np.min(x, -1), "most": np.max(x, -1)}
 
 
-# --- The claims: each function's result is plain data ---
+# --- The claims: what each function returns is plain data ---
 
-OFF = dict(gamma=LEDGE_GAMMA, num_actions=4, actor_lr=1e-3, critic_lr=1e-3, polyak=0.02)
+OFF = dict(num_actions=4, actor_lr=1e-3, critic_lr=1e-3, polyak=0.02)
+ON_LEDGE = OFF | dict(gamma=LEDGE_GAMMA, widths=(32, 32))
+IN_CORRIDOR = dict(gamma=GAMMA, lr=3e-3, polyak=0.02)
 
 
 def naive(updates=4000, every=400, seeds=5):
-    """SAC and CQL on the ledge: Q of the policy's own actions, believed and true, in training.
+    """SAC and CQL on the ledge: Q of the policy's own actions, believed and true, as they learn.
 
-    And the error of Q(x = 0, a) after training, all a.
+    And the error of Q(x = 0, a) after the last update, at all a.
     """
-    data, rng = ledge_data(), np.random.default_rng(1)
-    x = rng.choice(data.obs[:, 0], 200).astype(float)
-    sweep, curves = np.linspace(-1, 1, 41), []
-    settings = OFF | dict(num_updates=updates, eval_every=every)
-    for state in train("cql", data, "alpha", [0.0, 1.0], seeds, **settings):
-        mean, std = each(state, gaussian(GRID[:, None]))
-        actions = np.tanh(mean[..., None] + std[..., None] * NORMAL)  # (2, S, 201, 200)
-        v = [[ledge_value(a[:, ::5]) for a in of_alpha] for of_alpha in actions]
-        mean, std = each(state, gaussian(x[:, None]))
-        action = np.tanh(mean + std * rng.normal(size=std.shape))
-        beyond = np.mean(action > EDGE, 2)
-        believed = [[] for _ in v]
-        for i in range(len(v)):
-            for j in range(seeds):
-                one = jax.tree.map(lambda leaf, i=i, j=j: leaf[i : i + 1, j : j + 1], state)
-                believed[i].append(each(one, critics(x[:, None], action[i, j][:, None]))[0, 0])
-        true = [[ledge_q(v[i][j], x, action[i, j]) for j in range(seeds)] for i in range(len(v))]
-        curves.append([np.mean(believed, 2), np.mean(true, 2), beyond])
-    q = each(state, critics(np.zeros((41, 1)), sweep[:, None]))
-    error = q - np.array([[ledge_q(v[i][j], 0.0, sweep) for j in range(seeds)] for i in range(2)])
-    curves = np.array(curves)  # (T, 3, 2, S)
-    found = {"updates": every * (1 + np.arange(len(curves))), "actions": sweep}
+    data, rng, curves = ledge_data(), np.random.default_rng(1), []
+    x, sweep = rng.uniform(-1, 1, 200), np.linspace(-1, 1, 41)
+    settings = ON_LEDGE | dict(num_updates=updates, eval_every=every, seeds=seeds)
+    for state in train("cql", data, "alpha", [0.0, 1.0], **settings):
+        curves.append(on_the_ledge(state, x))
+    error = each(q_value, state, np.zeros((41, 1)), sweep[:, None])
+    error -= ledge_q(curves[-1]["value"], np.zeros(41), sweep)
+    found = {"updates": every * (1 + np.arange(len(curves))), "actions": sweep, "seen": TRIED}
     found["best possible"] = np.interp(x, GRID, ledge_best()).mean()
     for i, who in enumerate(("SAC", "CQL")):
-        names = ("believed", "true", "share beyond the data")
-        found[who] = {name: spread(curves[:, k, i]) for k, name in enumerate(names)}
+        names = ("believed", "true", "beyond")
+        found[who] = {name: spread([curve[name][i] for curve in curves]) for name in names}
         found[who]["error"] = spread(error[i].T)
     return found
 
@@ -254,76 +270,59 @@ def without_the_data_term(cql):
         cql.critic_loss = whole
 
 
-def tabular(weight, keep, behaviour, policy, actions):
-    """The fixed point of CQL's Eq. (1), or with keep = 1 of Eq. (2), for mu = policy; (5, K).
+def tabular(alpha, keep, behaviour, policy, actions):
+    """The fixed point (5, K) of CQL's Eq. (1), or with keep = 1 of Eq. (2), where mu = policy.
 
-    At each (s, a) the minimum over Q of  weight (mu - keep behaviour) Q + behaviour (Q - T)^2 / 2,
-    where T is the exact backup of the last Q by `policy`.
+    At each (s, a) the least  alpha (mu - keep behaviour) Q + behaviour (Q - T)^2 / 2  over Q; T is
+    the exact backup of the last Q by the policy.
     """
     q = np.zeros_like(policy)
     for _ in range(500):
         target = corridor_q((policy * q).sum(1), actions)
-        q = target - weight * (policy - keep * behaviour) / behaviour
+        q = target - alpha * (policy - keep * behaviour) / behaviour
     return q
 
 
-def conservative(updates=3000, seeds=5):
-    """Q of CQL with and without its data term against the truth: in a table, and trained.
+def conservative(updates=3000, seeds=5, alpha=0.1):
+    """CQL's Q without and with the data term against the truth: in a table, and learned.
 
-    Each: true and learned Q of pairs (s, a), and of the policy at each s.
+    Of each, Q of pairs (s, a), and its mean under the policy at each s.
     """
-    found, actions = {}, np.linspace(-1, 1, 9)
-    behaviour, policy = (np.exp(c * actions) * np.ones((PLACES, 1)) for c in (-0.5, 0.5))
+    found, actions, eye = {}, np.linspace(-1, 1, 9), np.eye(len(PLACES))
+    behaviour, policy = (np.exp(c * actions) * np.ones((len(eye), 1)) for c in (-0.5, 0.5))
     behaviour, policy = (p / p.sum(1, keepdims=True) for p in (behaviour, policy))
     true = corridor_q(corridor_value(policy @ actions), actions)
-    for who, keep in (("without", 0), ("with", 1)):
-        q = tabular(0.05, keep, behaviour, policy, actions)
-        pairs = {"true": true.ravel(), "learned": q.ravel()}
-        states = {"true": (policy * true).sum(1), "learned": (policy * q).sum(1)}
-        found[f"table, {who}"] = {"pairs": pairs, "policy": states}
+    for keep, how in enumerate(("without", "with")):
+        q = tabular(alpha, keep, behaviour, policy, actions)
+        means = (policy * true).sum(1), (policy * q).sum(1)
+        found["table, " + how] = {"pairs": (true, q), "policy": means}
 
     rng, cql = np.random.default_rng(0), importlib.import_module("cql")
-    action = rng.normal(-0.3, 0.6, 40_000)
-    data = corridor_data(rng, action[np.abs(action) < 1][:20_000])
-    settings = dict(gamma=GAMMA, num_actions=4, actor_lr=1e-3, critic_lr=3e-3, polyak=0.02)
-    settings |= dict(num_updates=updates, eval_every=updates, widths=(32,))
-    actions, eye = np.linspace(-0.95, 0.95, 20), np.eye(PLACES)
-    obs, tried = np.repeat(eye, 20, 0), np.tile(actions, PLACES)[:, None]
-    for who in ("without", "with"):
-        run = partial(train, "cql", data, "alpha", [0.1], seeds, **settings)
-        if who == "without":
-            with without_the_data_term(cql):
-                state = last(run())
-        else:
-            state = last(run())
-        mean, std = (x[0] for x in each(state, gaussian(eye)))
-        own = np.tanh(mean[..., None] + std[..., None] * NORMAL)  # (S, 5, 200)
-        v = [corridor_value(a.mean(1)) for a in own]
-        q = each(state, critics(obs, tried))[0].reshape(seeds, PLACES, 20)
-        true = np.stack([corridor_q(x, actions) for x in v])
-        pairs = {"true": true.ravel(), "learned": q.ravel()}
-        mid = [  # E[Q] under the policy, of each seed
-            each(
-                jax.tree.map(lambda leaf, j=j: leaf[:, j : j + 1], state),
-                critics(np.repeat(eye, 200, 0), own[j].reshape(-1, 1)),
-            ).reshape(PLACES, 200).mean(1)
-            for j in range(seeds)
-        ]  # fmt: skip
-        states = {"true": np.ravel(v), "learned": np.ravel(mid)}
-        found[f"network, {who}"] = {"pairs": pairs, "policy": states}
-    for found_of in found.values():
-        for points in found_of.values():
-            points["above"] = float(np.mean(points["learned"] > points["true"]))
+    shown = rng.normal(-0.3, 0.6, 40_000)
+    data = corridor_data(rng, shown[np.abs(shown) < 1][:20_000])
+    settings = OFF | dict(gamma=GAMMA, critic_lr=3e-3, updates=updates, seeds=seeds)
+    run = partial(trained, "cql", data, "alpha", [alpha], **settings)
+    actions, obs = np.linspace(-0.95, 0.95, 20), np.repeat(eye, 20, 0)
+    with without_the_data_term(cql):
+        states = [run()]
+    for state, how in zip([*states, run()], ("without", "with"), strict=True):
+        own = likely_actions(state, eye, np.tanh)  # (1, S, 5, 40)
+        v = corridor_value(own.mean(-1))
+        q = each(q_value, state, obs, np.tile(actions, len(eye))[:, None])
+        mean = each(q_value, state, np.repeat(eye, 40, 0), own.reshape(1, seeds, -1, 1))
+        mean = mean.reshape(*own.shape).mean(-1)
+        pairs = corridor_q(v, actions), q.reshape(1, seeds, len(eye), -1)
+        found["network, " + how] = {"pairs": pairs, "policy": (v, mean)}
+    for points in found.values():
+        for kind, (true, learned) in list(points.items()):
+            points[kind] = {"true": np.ravel(true), "learned": np.ravel(learned)}
+            points[f"share of {kind} above the truth"] = np.mean(learned > true)
     return found
 
 
-SLOW = dict(widths=(32,), lr=3e-3, polyak=0.02, gamma=GAMMA)
-LEFT = (-1.0, 0.4)  # between these the data's actions are uniform, for IQL and AWAC
-
-
 def expectile_value(tau, actions):
-    """V (5,) whose every entry is the expectile of Q over equally likely actions (K,)."""
-    v = np.zeros(PLACES)
+    """V (5,), at each place the expectile of Q over equally likely actions (K,): what IQL seeks."""
+    v = np.zeros(len(PLACES))
     for _ in range(1000):
         q = corridor_q(v, actions)
         weight = np.where(q < v[:, None], 1 - tau, tau)
@@ -347,117 +346,137 @@ def poison(data):
     return adapt
 
 
+def poisoned(name, field, data, updates=200):
+    """All learned numbers after training as usual, and with Q poisoned off the data."""
+    runs = [
+        trained(name, data, field, [1.0], seeds=1, adapt=adapt, updates=updates)
+        for adapt in (None, poison(data))
+    ]
+    return [np.concatenate([np.ravel(x) for x in jax.tree.leaves(state)]) for state in runs]
+
+
+def references():
+    """Values at the middle place of the data's own policy, the best within it, and the best."""
+    actions = {"behaviour": np.mean(SEEN), "best in the data": SEEN[1], "best": 1.0}
+    return {who: corridor_value(np.full(len(PLACES), a))[MIDDLE] for who, a in actions.items()}
+
+
 def implicit(updates=4000, seeds=5, taus=(0.5, 0.7, 0.9, 0.97, 0.99)):
-    """IQL's V at the middle place for each tau; exact; and trained with Q poisoned off the data."""
-    spots, rng = np.linspace(*LEFT, 400), np.random.default_rng(0)
-    data = corridor_data(rng, rng.uniform(*LEFT, 20_000))
-    settings = SLOW | dict(num_updates=updates, eval_every=updates)
-    state = last(train("iql", data, "tau", taus, seeds, **settings))
-    v = each(state, lambda s: s.value.apply_fn(s.value.params, jnp.eye(PLACES)))  # (T, S, 5)
-    curve = 1 - np.geomspace(0.5, 0.003, 30)
-    found = {"taus": taus, "V": spread(v[:, :, 2]), "curve": {"taus": curve}}
-    found["curve"]["V"] = [expectile_value(tau, spots)[2] for tau in curve]
-    for name, action in (("SARSA", np.mean(LEFT)), ("best in data", LEFT[1]), ("best", 1.0)):
-        found[name] = corridor_value(action)[2]
-
-    few, short = (
-        jax.tree.map(lambda x: x[:500], data),
-        settings | dict(num_updates=200, eval_every=200),
-    )
-    for name, field in (("iql", "tau"), ("awac", "beta")):
-        runs = [
-            last(train(name, few, field, [0.9], 1, adapt=a, **short)) for a in (None, poison(few))
-        ]
-        weights = [jax.tree.leaves((s.actor.params, s.critic.params)) for s in runs]
-        same = all(np.array_equal(a, b) for a, b in zip(*weights, strict=True))
-        found[f"{name}: same bits with Q = NaN off the data"] = same
-    return found
+    """IQL's V at the middle place for each tau, learned and exact; and with Q poisoned."""
+    rng = np.random.default_rng(0)
+    data = corridor_data(rng, rng.uniform(*SEEN, 20_000))
+    state = trained("iql", data, "tau", taus, updates=updates, seeds=seeds, **IN_CORRIDOR)
+    eye, curve = np.eye(len(PLACES)), 1 - np.geomspace(0.5, 0.003, 30)
+    v = each(lambda s, obs: s.value.apply_fn(s.value.params, obs), state, eye)
+    exact = [expectile_value(tau, np.linspace(*SEEN, 400))[MIDDLE] for tau in curve]
+    found = references() | {"taus": taus, "V": spread(v[..., MIDDLE])}
+    usual, off = poisoned("iql", "tau", jax.tree.map(lambda x: x[:500], data))
+    found["same bits with Q = NaN off the data"] = np.array_equal(usual, off)
+    return found | {"exact": {"taus": curve, "V": exact}}
 
 
-def awac_value(lam, actions, clip=100.0):
-    """Mean actions (5,) of AWAC's fixed point, its Gaussian fitted to weighted actions (K,)."""
-    mean, std = np.full(PLACES, actions.mean()), actions.std()
+def awac_actions(lam, actions, clip=100.0):
+    """Mean actions (5,) of AWAC's fixed point: a Gaussian fitted to weighted actions (K,)."""
+    mean, std = np.full(len(PLACES), actions.mean()), actions.std()
     for _ in range(300):
-        own = np.clip(mean[:, None] + std * NORMAL[::5], -1, 1)  # (5, 40)
+        own = np.clip(mean[:, None] + std * NORMAL, -1, 1)
         v = corridor_value(own.mean(1))
         gap = corridor_q(v, actions)[:, :, None] - corridor_q(v, own)[:, None]
-        weight = np.minimum(np.exp(np.minimum(gap / lam, 700)), clip).mean(2)  # (5, K)
+        weight = np.exp(np.minimum(gap / lam, np.log(clip))).mean(2)  # (5, K)
         mean = (weight * actions).sum(1) / weight.sum(1)
-        std = np.sqrt((weight * (actions - mean[:, None]) ** 2).sum() / weight.sum())
-        std = std.clip(np.exp(-5), np.exp(2))
+        square = (weight * (actions - mean[:, None]) ** 2).sum() / weight.sum()
+        std = np.sqrt(square).clip(np.exp(-5), np.exp(2))
     return mean
 
 
 def weighted(updates=4000, seeds=5, lambdas=(3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)):
-    """The value at the middle place of AWAC's mean action, for each lambda; exact; and BC's."""
-    rng = np.random.default_rng(0)
-    data = corridor_data(rng, rng.uniform(*LEFT, 20_000))
-    settings = SLOW | dict(num_updates=updates, eval_every=updates)
-    state = last(train("awac", data, "beta", 1 / np.array(lambdas), seeds, **settings))
-    mean, _ = each(state, gaussian(np.eye(PLACES)))
-    v = [[corridor_value(m)[2] for m in of_lambda] for of_lambda in mean]
-    curve, spots = np.geomspace(max(lambdas), min(lambdas), 25), np.linspace(*LEFT, 200)
-    found = {"lambdas": lambdas, "V": spread(v), "mean action": spread(mean.mean(2))}
-    found["curve"] = {"lambdas": curve}
-    found["curve"]["V"] = [corridor_value(awac_value(lam, spots))[2] for lam in curve]
-    for name, action in (("behaviour", np.mean(LEFT)), ("best in data", LEFT[1]), ("best", 1.0)):
-        found[name] = corridor_value(action)[2]
-    return found
+    """Value at the middle place of AWAC's mean action for each lambda, learned and exact."""
+    rng, betas = np.random.default_rng(0), 1 / np.array(lambdas)
+    data = corridor_data(rng, rng.uniform(*SEEN, 20_000))
+    state = trained("awac", data, "beta", betas, updates=updates, seeds=seeds, **IN_CORRIDOR)
+    v = corridor_value(each(gaussian, state, np.eye(len(PLACES)))[0])
+    curve, actions = np.geomspace(lambdas[0], lambdas[-1], 25), np.linspace(*SEEN, 200)
+    exact = [corridor_value(awac_actions(lam, actions))[MIDDLE] for lam in curve]
+    found = references() | {"lambdas": lambdas, "V": spread(v[..., MIDDLE])}
+    return found | {"exact": {"lambdas": curve, "V": exact}}
 
 
 def model_based(updates=4000, seeds=5, betas=(0.0, 0.5, 1.0, 2.0, 5.0)):
-    """COMBO on the ledge: the policy's Q at the model's states, believed and true, for each beta."""
+    """COMBO on the ledge: its policy's Q at the model's states, believed and true, by beta."""
     import combo
 
     sizes = dict(model_widths=(32, 32), model_decay=(0.0,) * 3, num_members=3, num_elites=3)
-    sizes |= dict(max_epochs=30, rollout_batch=300, rollout_every=200, horizon=5)
-    settings = OFF | sizes | dict(num_updates=updates, eval_every=updates)
-    run = train("combo", ledge_data(), "beta", betas, seeds, combo.never, **settings)
-    state, rng = last(run), np.random.default_rng(1)
-    believed, true, beyond = np.zeros((3, len(betas), seeds))
-    for i in range(len(betas)):
-        for j in range(seeds):
-            one = jax.tree.map(lambda leaf, i=i, j=j: leaf[i : i + 1, j : j + 1], state)
-            mean, std = (x[0, 0] for x in each(one, gaussian(GRID[:, None])))
-            v = ledge_value(np.tanh(mean[:, None] + std[:, None] * NORMAL[::5]))
-            x = rng.choice(np.asarray(one.ring.rows.obs[0, 0, :, 0], float), 500)
-            mean, std = (x[0, 0] for x in each(one, gaussian(x[:, None])))
-            action = np.tanh(mean + std * rng.normal(size=std.shape))
-            believed[i, j] = each(one, critics(x[:, None], action[:, None])).mean()
-            true[i, j] = ledge_q(v, x, action).mean()
-            beyond[i, j] = np.mean(action > EDGE)
-    parts = {"believed": believed, "true": true, "share beyond the data": beyond}
-    return {"betas": betas} | {name: spread(x) for name, x in parts.items()}
+    sizes |= dict(max_epochs=30, rollout_batch=300, rollout_every=200, horizon=5, seeds=seeds)
+    run = partial(trained, "combo", ledge_data(), "beta", betas, terminal=combo.never)
+    state = run(updates=updates, **ON_LEDGE | sizes)
+    x = np.asarray(state.ring.rows.obs[:, :, ::37, 0], float)  # 203 of 7500
+    found = on_the_ledge(state, x)
+    del found["value"]
+    return {"betas": betas} | {name: spread(x) for name, x in found.items()}
 
 
 def ceiling(updates=3000, seeds=3, means=(-0.5, -0.25, 0.0, 0.25, 0.5), efforts=(0.0, 0.2)):
-    """Values at the middle place of the behaviour, BC and IQL, for behaviours uniform around each
-    mean; in corridors where actions cost nothing, and effort * a^2."""
-    width, rng = 0.4, np.random.default_rng(0)
+    """Values at the middle place of behaviours uniform around each mean, and of who learns from
+    them: (efforts, means), in corridors where an action costs effort a^2."""
+    rng, width, shape = np.random.default_rng(0), 0.4, (len(efforts), len(means))
+    effort, mean = (x.ravel() for x in np.meshgrid(efforts, means, indexing="ij"))
     rows = [
-        corridor_data(rng, rng.uniform(m - width, m + width, 5000), effort)
-        for effort in efforts
-        for m in means
+        corridor_data(rng, rng.uniform(m - width, m + width, 5000), e)
+        for e, m in zip(effort, mean, strict=True)
     ]
-    data = jax.tree.map(lambda *x: np.stack(x), *rows)
-    fast = SLOW | dict(num_updates=updates, eval_every=updates)
-    slow = {k: fast[k] for k in ("widths", "lr", "num_updates", "eval_every")}
-    settings = {"BC": ("bc", slow), "BC, sampled": ("bc", slow | dict(head="gaussian"))}
-    settings["IQL"] = ("iql", fast | dict(tau=0.95, beta=100.0))
-    shape, found = (len(efforts), len(means), seeds), {"means": means, "efforts": efforts}
-    for who, (name, own) in settings.items():
-        mean, std = each(last(train(name, data, seeds=seeds, **own)), gaussian(np.eye(PLACES)))
-        action = mean[..., None] + (std[..., None] * NORMAL if who == "BC, sampled" else 0)
-        action = np.clip(action, -1, 1).reshape(*shape, PLACES, -1)
-        moments = action.mean(-1), (action**2).mean(-1)
-        v = np.zeros(shape)
-        for i, j, k in np.ndindex(shape):
-            v[i, j, k] = corridor_value(moments[0][i, j, k], moments[1][i, j, k], efforts[i])[2]
-        found[who] = spread(v)
-    for name in ("behaviour", "best"):
-        found[name] = np.zeros((len(efforts), len(means)))
-    for i, effort in enumerate(efforts):
-        for j, m in enumerate(means):
-            found["behaviour"][i, j] = corridor_value(m, m**2 + width**2 / 3, effort)[2]
-        found["best"][i] = corridor_best(effort)[2]
+    data, eye = jax.tree.map(lambda *x: np.stack(x), *rows), np.eye(len(PLACES))
+    sizes = dict(updates=updates, seeds=seeds)
+    own = sizes | dict(lr=IN_CORRIDOR["lr"])
+    states = {
+        "BC": trained("bc", data, **own),
+        "BC, sampled": trained("bc", data, head="gaussian", **own),
+        "IQL": trained("iql", data, tau=0.95, beta=100.0, **sizes | IN_CORRIDOR),
+    }
+    flat = np.ones(len(PLACES))
+    behaviour = [
+        corridor_value(m * flat, m**2 + width**2 / 3, e) for e, m in zip(effort, mean, strict=True)
+    ]
+    found = {"means": means, "efforts": efforts}
+    found["best"] = np.array([corridor_best(e)[MIDDLE] for e in efforts])
+    found["behaviour"] = np.array(behaviour)[:, MIDDLE].reshape(shape)
+    for who, state in states.items():
+        action = likely_actions(state, eye, lambda x: x.clip(-1, 1))
+        if "sampled" not in who:
+            action = each(gaussian, state, eye)[0][..., None]
+        v = corridor_value(action.mean(-1), (action**2).mean(-1), effort[:, None, None])
+        found[who] = spread(v[..., MIDDLE].reshape(*shape, seeds))
     return found
+
+
+CLAIMS = {"naive": naive, "cql": conservative, "iql": implicit}
+CLAIMS |= {"awac": weighted, "combo": model_based, "bc": ceiling}
+
+
+def plain(x):
+    """Arrays as lists of four digits, for JSON."""
+    if isinstance(x, dict):
+        return {k: plain(v) for k, v in x.items()}
+    if isinstance(x, bool | str | int):
+        return x
+    return np.vectorize(lambda v: float(f"{v:.4g}"), otypes=[float])(x).tolist()
+
+
+def main(cfg: Config):
+    if cfg.only and cfg.only not in CLAIMS:
+        raise SystemExit(f"--only {cfg.only}: must be one of {', '.join(CLAIMS)}.")
+    results = Path(cfg.results)
+    (results / "claims").mkdir(parents=True, exist_ok=True)
+    file = results / "claims.json"
+    record = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    for name in [cfg.only] if cfg.only else CLAIMS:
+        start = time.process_time()
+        found = plain(CLAIMS[name][0]())
+        seconds = round(time.process_time() - start, 1)
+        claims_pictures.draw(name, found, results / "claims" / f"{name}.png")
+        record[name] = {"cpu_seconds": seconds, "machine": config.machine(), "found": found}
+        file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+        print(f"{name:6} {seconds:6.1f} s")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

@@ -1,0 +1,128 @@
+"""One picture for each claim of benchmarks/claims.py, from what claims.json holds."""
+
+import numpy as np
+from matplotlib.figure import Figure
+
+
+def draw(name, found, path):
+    """The picture of one claim, 700 by 400 pixels."""
+    panels, title = PICTURES[name]
+    figure = Figure((7, 4), dpi=100, layout="constrained")
+    axes = figure.subplots(1, 2 if name in ("naive", "cql", "bc") else 1)
+    panels(found, *np.ravel(axes))
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path)
+
+
+def levels(axis, values):
+    """Dashed lines with their names at the right end, {name: (value, colour)}."""
+    for name, (value, colour) in values.items():
+        axis.axhline(value, color=colour, lw=1, ls="--", zorder=0)
+        where = dict(xycoords=("axes fraction", "data"), textcoords="offset points")
+        axis.annotate(name, (1, value), (-3, 3), ha="right", color=colour, fontsize=9, **where)
+
+
+def dots(axis, x, seeds, label, colour, **style):
+    """Mean of the seeds with a bar from the least to the greatest."""
+    mean = np.array(seeds["mean"])
+    bars = np.abs(np.array([seeds["least"], seeds["most"]]) - mean)
+    axis.errorbar(x, mean, bars, fmt="o", ms=5, capsize=3, label=label, color=colour, **style)
+
+
+def band(axis, x, seeds, label, colour):
+    """The same as a line in a band."""
+    axis.plot(x, seeds["mean"], label=label, color=colour)
+    axis.fill_between(x, seeds["least"], seeds["most"], color=colour, alpha=0.25, lw=0)
+
+
+def naive(found, left, right):
+    for who, colour in (("SAC", "C3"), ("CQL", "C0")):
+        band(left, found["updates"], found[who]["believed"], f"{who} believes", colour)
+        true = found[who]["true"]["mean"]
+        left.plot(found["updates"], true, color=colour, ls=":", label=f"{who} truly gets")
+        band(right, found["actions"], found[who]["error"], who, colour)
+    levels(left, {"best possible": (found["best possible"], "0.3")})
+    left.set(xlabel="updates", ylabel="Q of the policy's own actions")
+    left.legend(fontsize=8, loc="upper left")
+    right.axvspan(*found["seen"], color="0.9", label="actions in the data")
+    levels(right, {"no error": (0, "0.3")})
+    right.set(xlabel="action a, at x = 0", ylabel="error of Q after training")
+    right.legend(fontsize=8, loc="center left")
+
+
+def cql(found, *axes):
+    for axis, kind in zip(axes, ("table", "network"), strict=True):
+        for how, colour in (("without", "C1"), ("with", "C0")):
+            pairs, means = (found[f"{kind}, {how}"][k] for k in ("pairs", "policy"))
+            label = f"{how} the data term: Q(s, a)"
+            axis.scatter(pairs["true"], pairs["learned"], 9, colour, alpha=0.5, lw=0, label=label)
+            style = dict(ec="k", marker="D", label="    mean under the policy", zorder=3)
+            axis.scatter(means["true"], means["learned"], 30, colour, **style)
+        low = max(axis.get_xlim()[0], axis.get_ylim()[0])
+        axis.plot([low, 1], [low, 1], color="0.3", lw=1, ls="--")
+        axis.annotate("the truth", (0.97, 0.97), (-4, 0), ha="right", va="bottom",
+                      color="0.3", fontsize=9, textcoords="offset points")  # fmt: skip
+        axis.set(title={"table": "a table, exact", "network": "cql.py, 5 seeds"}[kind])
+        axis.set(xlabel="true Q", ylabel="learned Q")
+    axes[0].legend(fontsize=8)
+
+
+def iql(found, axis):
+    for name, colour in (("behaviour", "C2"), ("best in the data", "C1"), ("best", "0.5")):
+        label = {"behaviour": "SARSA", "best": "best of all actions"}.get(name, name)
+        levels(axis, {label: (found[name], colour)})
+    axis.plot(1 - np.array(found["exact"]["taus"]), found["exact"]["V"], "k", lw=1, label="exact")
+    dots(axis, 1 - np.array(found["taus"]), found["V"], "iql.py, 5 seeds", "C0")
+    axis.set(xscale="log", xlim=(0.6, 0.0025), ylim=(0, 0.9), xlabel="tau")
+    axis.set(ylabel="V at the middle place")
+    axis.set_xticks(1 - np.array(found["taus"]), found["taus"])
+    axis.minorticks_off()
+    axis.legend(fontsize=9, loc="center left")
+
+
+def awac(found, axis):
+    for name, colour in (("behaviour", "C2"), ("best in the data", "C1"), ("best", "0.5")):
+        label = {"behaviour": "imitation", "best": "best of all actions"}.get(name, name)
+        levels(axis, {label: (found[name], colour)})
+    axis.plot(found["exact"]["lambdas"], found["exact"]["V"], "k", lw=1, label="exact")
+    dots(axis, found["lambdas"], found["V"], "awac.py, 5 seeds", "C0")
+    axis.set(xscale="log", xlim=(4, 0.0023), ylim=(0, 0.9), ylabel="value of the policy")
+    axis.set(xlabel="lambda: weights exp(A / lambda), from weak to strong")
+    axis.set_xticks(found["lambdas"], found["lambdas"])
+    axis.minorticks_off()
+    axis.legend(fontsize=9, loc="center left")
+
+
+def combo(found, axis):
+    x = np.arange(len(found["betas"]))
+    dots(axis, x, found["believed"], "what COMBO believes", "C0")
+    dots(axis, x, found["true"], "what its policy truly gets", "k", mfc="w")
+    axis.set_xticks(x, ["0: no penalty", *found["betas"][1:]])
+    axis.set(xlabel="beta, weight of the penalty", ylabel="Q at the model's states")
+    axis.legend(fontsize=9)
+
+
+def bc(found, *axes):
+    for i, (axis, effort) in enumerate(zip(axes, found["efforts"], strict=True)):
+        axis.plot(found["means"], found["behaviour"][i], "k", label="behaviour")
+        for who, colour in (("IQL", "C0"), ("BC", "C3"), ("BC, sampled", "C1")):
+            dots(axis, found["means"], {k: v[i] for k, v in found[who].items()}, who, colour)
+        levels(axis, {"best": (found["best"][i], "0.5")})
+        axis.set(title=f"an action costs {effort:g} a$^2$" if effort else "actions cost nothing")
+        axis.set(xlabel="mean action of the behaviour", ylabel="value")
+    axes[0].legend(fontsize=8, loc="center left")
+
+
+PICTURES = {  # name: (its panels, its title)
+    "naive": (naive, "Naive off-policy learning (SAC) believes in actions that nobody tried,\n"
+              "and in more the longer it learns; CQL does not"),
+    "cql": (cql, "CQL without the data term is below the truth at every action;\n"
+            "with it, in the mean under the policy alone"),
+    "iql": (iql, "IQL goes from SARSA's value to the best within the data\n"
+            "as tau goes to 1, and never asks Q about another action"),
+    "awac": (awac, "AWAC goes from imitation (weak weights) to greed (strong weights)"),
+    "combo": (combo, "COMBO values the model's states less than the same without penalty,\n"
+              "which believes in what it cannot get"),
+    "bc": (bc, "BC's ceiling is the behaviour; beyond is only what the noise did cost,\n"
+           "which BC's mean action leaves out. IQL goes beyond on the same data"),
+}  # fmt: skip
