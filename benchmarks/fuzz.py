@@ -286,14 +286,16 @@ def main(cfg: Config):
     for i, (kind, *_) in found.items():
         table[make_file(cfg.seed, i, wholes)[1]][kind] += 1
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    seconds = time.perf_counter() - began
+    seconds, usage = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = usage.ru_utime + usage.ru_stime
     figures = {
         "files": cfg.files,
         "seed": cfg.seed,
         "counts": {kind: sum(x[kind] for x in table.values()) for kind in KINDS},
         "counts_by_damage": {name: {kind: x[kind] for kind in KINDS} for name, x in table.items()},
         "seconds": round(seconds, 1),
-        "files_per_second": round(cfg.files / seconds, 1),
+        "cpu_seconds": round(cpu, 1),
+        "files_per_cpu_second": round(cfg.files / cpu, 1),
         "slowest_file_seconds": round(max(x[3] for x in found.values()), 3),
         "most_memory_for_a_file_mib": round(max(x[2] for x in found.values()) / 2**20, 1),
         "growth_of_a_process_mib": round(max(x for _, grown in parts for x in grown) / 2**20, 1),

@@ -386,7 +386,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(length))
         self.end_headers()
         with contextlib.suppress(OSError):  # it hangs up
-            for i in range(0, len(body), 1 if pause else len(body)):
+            for i in range(0, len(body), 1 if pause else len(body) or 1):
                 self.wfile.write(body[i : i + 1] if pause else body)
                 self.server.done.wait(pause)
 
