@@ -1,0 +1,318 @@
+"""What is said of offline RL, benchmarks/claims.py: its worlds, its figures, and in short."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT / "benchmarks"))
+import claims  # noqa: E402
+import claims_pictures  # noqa: E402
+
+STORED = json.loads((ROOT / "benchmarks/results/claims.json").read_text("utf-8"))
+FLAT = np.ones(5)
+
+# --- The worlds ---
+
+
+def test_values_in_the_corridor_are_what_walks_earn():
+    """From the first place, by policy 0.4 then 0.2 ..., 20,000 walks of 100 steps."""
+    mean, rng = np.array([0.4, 0.2, 0.0, -0.2, 0.3]), np.random.default_rng(0)
+    v = claims.corridor_value(mean, mean**2, 0.1)
+    place, earned = np.zeros(20_000, int), 0.0
+    for t in range(100):
+        alive = place < 5
+        action = mean[place.clip(max=4)]
+        to = place + np.where(rng.random(len(place)) < (1 + action) / 2, 1, -1)
+        earned += 0.9**t * (alive & (to == 5)) - 0.9**t * alive * 0.1 * action**2
+        place = np.where(alive, to.clip(0), 5)
+    np.testing.assert_allclose(v[0], earned.mean(), atol=4 * earned.std() / 20_000**0.5)
+    q = claims.corridor_q(v, mean[:, None], 0.1)
+    np.testing.assert_allclose(q[:, 0], v, rtol=1e-12)
+
+
+def test_the_corridors_data_are_steps_of_it():
+    """Within each place, r + gamma V(s') is on average the Q of the actions."""
+    rng = np.random.default_rng(0)
+    data = claims.corridor_data(rng, rng.uniform(*claims.SEEN, 50_000), 0.1)
+    v = claims.corridor_value(0.3 * FLAT)
+    place = data.obs.argmax(1)
+    target = data.reward + 0.9 * (1 - data.done) * (data.next_obs @ v)
+    for i in range(5):
+        rows = place == i
+        q = claims.corridor_q(v, data.action[rows, 0], 0.1)[i]
+        for part in (data.action[rows, 0] < -0.3, data.action[rows, 0] > -0.3):
+            np.testing.assert_allclose(target[rows][part].mean(), q[part].mean(), atol=0.03)
+    assert np.all(place[data.done == 1] == 4)
+
+
+def test_the_best_of_the_corridor():
+    np.testing.assert_allclose(claims.corridor_best(), claims.corridor_value(FLAT), rtol=1e-9)
+    v, others = claims.corridor_best(0.2), np.linspace(-1, 1, 21)
+    some = claims.corridor_value(others[:, None] * FLAT, others[:, None] ** 2, 0.2)
+    assert np.all(v > some.max(0))
+
+
+def test_values_on_the_ledge_are_what_walks_earn():
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, 7)
+    v = claims.ledge_value(np.tile(actions, (len(claims.GRID), 1)))
+    x, earned = np.full(20_000, 0.3), 0.0
+    q = claims.ledge_q(v, x[:1], np.array([0.5]))
+    for t in range(150):
+        action = np.full(len(x), 0.5) if t == 0 else rng.choice(actions, len(x))
+        x, pays = claims.ledge_step(x, action)
+        earned += 0.95**t * pays
+    np.testing.assert_allclose(q[0], earned.mean(), atol=0.01 + 4 * earned.std() / 20_000**0.5)
+
+
+def test_no_policy_on_the_ledge_beats_the_best():
+    v = claims.ledge_best()
+    for action in np.linspace(-1, 1, 11):
+        assert np.all(v > claims.ledge_value(np.full((len(claims.GRID), 1), action)))
+    data = claims.ledge_data(500)
+    x, a = data.obs[:, 0], data.action[:, 0]
+    to, pays = claims.ledge_step(x, a)
+    np.testing.assert_allclose(data.next_obs[:, 0], to, atol=1e-6)
+    np.testing.assert_allclose(data.reward, pays, atol=1e-5)
+    assert a.max() <= claims.EDGE
+
+
+# --- CQL's theorems, in a table ---
+
+
+def random_policies(seed):
+    """Behaviour and policy (5, 9) with every action in both."""
+    both = np.random.default_rng(seed).dirichlet(np.full(9, 2.0), (2, 5)) + 1e-3
+    return both / both.sum(-1, keepdims=True)
+
+
+def dynamics(policy, actions):
+    """P^pi (45, 45) from (s, a) to (s', a'), and r (45,), written down anew."""
+    move, reward = np.zeros((5, 9, 5, 9)), np.zeros((5, 9))
+    for s in range(5):
+        for k, a in enumerate(actions):
+            right = (1 + a) / 2
+            move[s, k, max(s - 1, 0)] += (1 - right) * policy[max(s - 1, 0)]
+            if s == 4:
+                reward[s, k] = right
+            else:
+                move[s, k, s + 1] += right * policy[s + 1]
+    return move.reshape(45, 45), reward.ravel()
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("alpha", [0.01, 0.3, 3.0])
+def test_cqls_fixed_points_are_those_of_its_theorems(alpha, seed):
+    """Without the data term Q falls short by alpha (I - gamma P)^-1 [mu / behaviour] at every
+    (s, a), Theorem 3.1; with it V does by alpha (I - gamma P)^-1 E_pi[pi / behaviour - 1], 3.2."""
+    actions = np.linspace(-1, 1, 9)
+    behaviour, policy = random_policies(seed)
+    move, reward = dynamics(policy, actions)
+    resolvent = np.linalg.inv(np.eye(45) - 0.9 * move)
+    true = (resolvent @ reward).reshape(5, 9)
+    v = claims.corridor_value(policy @ actions)
+    np.testing.assert_allclose(claims.corridor_q(v, actions), true, rtol=1e-9)
+    ratio = policy / behaviour
+    for keep in (0, 1):
+        q = claims.tabular(alpha, keep, behaviour, policy, actions)
+        short = (resolvent @ (ratio - keep).ravel()).reshape(5, 9)
+        np.testing.assert_allclose(q, true - alpha * short, rtol=1e-9, atol=1e-9)
+        if keep == 0:
+            assert np.all(q < true)
+        assert np.all((policy * q).sum(1) < (policy * true).sum(1))
+
+
+def test_cqls_fixed_point_minimises_its_objective():
+    """Eq. (1) and (2) of the paper: any other Q is worse against the same backup."""
+    actions, rng = np.linspace(-1, 1, 9), np.random.default_rng(0)
+    behaviour, policy = random_policies(0)
+    for keep in (0, 1):
+        q = claims.tabular(0.3, keep, behaviour, policy, actions)
+        target = claims.corridor_q((policy * q).sum(1), actions)
+
+        def objective(x, keep=keep, target=target):
+            penalty = (policy * x).sum(1) - keep * (behaviour * x).sum(1)
+            return 0.3 * penalty + 0.5 * (behaviour * (x - target) ** 2).sum(1)
+
+        for _ in range(20):
+            assert np.all(objective(q) < objective(q + 0.01 * rng.normal(size=q.shape)))
+
+
+def test_with_the_data_term_some_actions_are_overestimated():
+    """The theorem promises no more than the mean: where pi = behaviour nothing falls short."""
+    actions = np.linspace(-1, 1, 9)
+    behaviour, policy = random_policies(1)
+    true = claims.corridor_q(claims.corridor_value(policy @ actions), actions)
+    q = claims.tabular(0.3, 1, behaviour, policy, actions)
+    assert np.any(q > true + 0.05)
+    same = claims.tabular(0.3, 1, policy, policy, actions)
+    np.testing.assert_allclose(same, true, rtol=1e-9)
+
+
+# --- What IQL and AWAC seek ---
+
+
+def test_the_expectile_goes_from_sarsas_value_to_the_best_in_the_data():
+    actions = np.linspace(*claims.SEEN, 400)
+    v = np.array([claims.expectile_value(tau, actions) for tau in (0.5, 0.9, 0.99, 0.99999)])
+    np.testing.assert_allclose(v[0], claims.corridor_value(actions.mean() * FLAT), rtol=1e-9)
+    np.testing.assert_allclose(v[-1], claims.corridor_value(claims.SEEN[1] * FLAT), rtol=0.02)
+    assert np.all(np.diff(v, axis=0) > 0)
+
+
+def test_awacs_fixed_point_goes_from_the_behaviour_to_the_best_in_the_data():
+    actions = np.linspace(*claims.SEEN, 200)
+    weak, middle, strong = (claims.awac_actions(lam, actions) for lam in (100, 0.05, 0.001))
+    np.testing.assert_allclose(weak, actions.mean(), atol=0.005)
+    assert np.all(middle > weak + 0.05)
+    assert np.all(strong > middle + 0.1)
+    assert np.all((strong > 0.3) & (strong < 0.4))
+
+
+# --- The claims themselves ---
+
+
+def naive_holds(found):
+    sac, cql = ({k: np.array(v["mean"]) for k, v in found[w].items()} for w in ("SAC", "CQL"))
+    gap = sac["believed"] - sac["true"]
+    assert np.all(np.diff(sac["believed"]) > 0)  # it believes in more and more
+    assert np.all(np.array(found["SAC"]["believed"]["least"]) > found["SAC"]["true"]["most"])
+    assert gap[-1] > gap[0] + 10
+    assert sac["believed"][-1] > found["best possible"]  # in more than there is
+    assert sac["beyond"][-1] > 0.8 > 0.2 > cql["beyond"][-1]
+    seen = np.array(found["actions"]) < claims.EDGE
+    assert sac["error"][-1] > sac["error"][seen].max() + 2  # worst where nobody was
+    assert cql["believed"][-1] < cql["true"][-1]
+    assert cql["true"][-1] > sac["true"][-1] + 10
+
+
+def cql_holds(found):
+    for kind in ("table", "network"):
+        without, kept = found[f"{kind}, without"], found[f"{kind}, with"]
+        assert without["share of pairs above the truth"] == 0
+        assert without["share of policy above the truth"] == 0
+        assert kept["share of pairs above the truth"] > 0.02
+        assert kept["share of policy above the truth"] == 0
+        gap = [
+            np.mean(np.subtract(x["policy"]["true"], x["policy"]["learned"]))
+            for x in (without, kept)
+        ]
+        assert gap[1] < gap[0]  # the bound with the data term is tighter
+
+
+def iql_holds(found, atol=0.04):
+    v, exact = np.array(found["V"]["mean"]), found["exact"]
+    known = np.interp(found["taus"], exact["taus"], exact["V"])
+    np.testing.assert_allclose(v, known, atol=atol)
+    np.testing.assert_allclose(v[0], found["behaviour"], atol=atol)
+    assert np.all(np.diff(v) > 0.03)
+    assert found["best in the data"] - 0.12 < v[-1] < found["best in the data"] + 0.01
+    assert found["best"] > found["best in the data"] + 0.2  # which no tau shall find
+    assert found["same bits with Q = NaN off the data"] is True
+
+
+def awac_holds(found, atol=0.04):
+    v, exact = np.array(found["V"]["mean"]), found["exact"]
+    known = np.interp(-np.array(found["lambdas"]), -np.array(exact["lambdas"]), exact["V"])
+    np.testing.assert_allclose(v, known, atol=atol)
+    np.testing.assert_allclose(v[0], found["behaviour"], atol=atol)
+    np.testing.assert_allclose(v[-1], found["best in the data"], atol=atol)
+    assert np.all(np.diff(v) > -0.01) and v[-1] > v[0] + 0.4
+    assert np.all(np.array(found["V"]["most"]) < found["best in the data"] + 0.02)
+
+
+def combo_holds(found):
+    believed, true = (np.array(found[k]["mean"]) for k in ("believed", "true"))
+    assert np.all(found["believed"]["most"][-1] < np.array(found["believed"]["least"][0]))
+    assert np.all(np.diff(believed) < 0)  # the stronger the penalty the lower
+    assert believed[0] > true[0] + 5
+    assert believed[-1] < true[-1]
+    assert true[-1] > true[0] + 5  # and it pays
+
+
+def bc_holds(found, atol=0.03):
+    bc, sampled, iql = (np.array(found[w]["mean"]) for w in ("BC", "BC, sampled", "IQL"))
+    behaviour, best = np.array(found["behaviour"]), np.array(found["best"])
+    np.testing.assert_allclose(bc[0], behaviour[0], atol=atol)  # where noise costs nothing
+    np.testing.assert_allclose(sampled, behaviour, atol=atol)
+    assert np.all(bc[1] > behaviour[1])  # where it costs, leaving it out brings something
+    assert np.all(iql[0] > behaviour[0] + 0.05)
+    assert np.all(iql < best[:, None] + 0.01)
+
+
+HOLDS = {"naive": naive_holds, "cql": cql_holds, "iql": iql_holds}
+HOLDS |= {"awac": awac_holds, "combo": combo_holds, "bc": bc_holds}
+SHORT = {
+    "naive": dict(updates=1200, every=400, seeds=1),
+    "cql": dict(updates=1500, seeds=1),
+    "iql": dict(updates=2000, seeds=1, taus=(0.5, 0.9, 0.99)),
+    "awac": dict(updates=2000, seeds=1, lambdas=(3.0, 0.1, 0.003)),
+    "combo": dict(updates=1200, seeds=1, betas=(0.0, 5.0)),
+    "bc": dict(updates=1500, seeds=1, means=(-0.5, 0.25)),
+}
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_claim_holds_in_the_stored_figures(name):
+    HOLDS[name](STORED[name]["found"])
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_claim_holds_in_short(name):
+    HOLDS[name](claims.plain(claims.CLAIMS[name](**SHORT[name])))
+
+
+def test_who_asks_q_about_another_action_notices_the_poison():
+    """AWAC's target does, IQL's does not."""
+    data = jax.tree.map(lambda x: x[:50], claims.ledge_data())
+    key = jax.random.key(0)
+
+    def loss(module, *args):
+        cfg = module.Config(widths=(8,), normalize=False)
+        state = claims.poison(data)(module.init(key, data, cfg))
+        return module.critic_loss(state.critic.params, state, data, *args, cfg)[0]
+
+    assert np.isfinite(jax.jit(lambda: loss(importlib.import_module("iql")))())
+    assert np.isnan(jax.jit(lambda: loss(importlib.import_module("awac"), key))())
+
+
+def test_the_data_term_is_taken_away_and_brought_back():
+    """A constant added to both critics cancels between the two terms of the penalty."""
+    cql, key = importlib.import_module("cql"), jax.random.key(0)
+    cfg = cql.Config(widths=(8,), alpha=3.0, num_actions=2)
+    data = jax.tree.map(lambda x: x[:50], claims.ledge_data())
+
+    def rise():
+        state = cql.init(key, data, cfg)
+        more = jax.tree.map(lambda x: x, state.critic.params)
+        more["params"]["MLP_0"]["Dense_1"]["bias"] += 1.0
+        out = [cql.critic_loss(p, state, data, key, cfg) for p in (state.critic.params, more)]
+        low, high = (loss - info["td_loss"] for loss, info in out)
+        return high - low
+
+    whole = cql.critic_loss
+    np.testing.assert_allclose(jax.jit(lambda: rise())(), 0, atol=1e-4)
+    with claims.without_the_data_term(cql):
+        np.testing.assert_allclose(jax.jit(lambda: rise())(), 2 * cfg.alpha, rtol=1e-4)
+    assert cql.critic_loss is whole
+
+
+# --- Pictures ---
+
+
+@pytest.mark.parametrize("name", claims.CLAIMS)
+def test_picture_is_the_stored_one_and_small(name, tmp_path):
+    claims_pictures.draw(name, STORED[name]["found"], tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size < 60_000
+    assert (ROOT / f"benchmarks/results/claims/{name}.png").stat().st_size < 60_000
+
+
+def test_an_unknown_claim_is_refused():
+    with pytest.raises(SystemExit, match="must be one of naive, cql, iql, awac, combo, bc"):
+        claims.main(claims.Config(only="x"))
