@@ -7,6 +7,7 @@ kept of it are numbers, parity/golden/<algorithm>.npz, under "in/..." and "out/.
     python -m benchmarks.parity inputs iql           # golden/iql.npz, inputs only
     python -m benchmarks.parity theirs iql CHECKOUT  # with the peer's Python: adds its outputs
     python -m benchmarks.parity                      # the table, also to results/parity.json
+    python -m benchmarks.parity table iql            # its rows of the table anew, the others kept
 
 CHECKOUT is a clone of the peer's repository at the commit that the file names. The second command
 imports nothing of this project but numpy code of this folder. A difference is
@@ -97,15 +98,21 @@ def rows(name):
         }
 
 
-def main(command="", name="", checkout=""):
+def main(command="table", *words):
     if command == "inputs":
+        (name,) = words
         write(name, module(name).inputs(), {})
     elif command == "theirs":
+        name, checkout = words
         inputs, _ = read(name)
         outputs = module(name).theirs(inputs, str(Path(checkout).resolve()))
         write(name, inputs, {quantity: vector(tree) for quantity, tree in outputs.items()})
-    elif not command:
-        table = [row for name in algorithms() for row in rows(name)]
+    elif command == "table":
+        names = words or algorithms()
+        kept = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
+        table = [row for row in kept if row["algorithm"] not in names]
+        table += [row for name in names for row in rows(name)]
+        table.sort(key=lambda row: row["algorithm"])  # a stable sort: quantities keep their order
         RESULTS.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
         print("| algorithm | peer | quantity | largest difference | |\n|---|---|---|---|---|")
         for row in table:
