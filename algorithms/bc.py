@@ -13,7 +13,7 @@ Run: python algorithms/bc.py --env halfcheetah-medium-v2                  # BC
 Settings of the trusted port (CORL, github.com/tinkoff-ai/CORL). Differs from it: an episode ends
 where the data end it, not only at terminals and after every 1000 steps; returns are not discounted;
 LeCun for PyTorch's initialisation. The square is averaged over the action's dimensions, as there.
-The Gaussian head is that of its AWAC with a tanh, benchmarks/parity.
+The Gaussian head is that of its AWAC with a tanh (benchmarks/parity).
 """
 
 import sys

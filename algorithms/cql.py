@@ -16,8 +16,8 @@ plain SAC, which fails on offline data.
 
 Settings of the trusted port (github.com/young-geng/CQL): both squared errors whole, not halved; the
 target without entropy. Differs from it: LeCun instead of PyTorch's initialisation; the data's own
-next_obs, so that rows at time limits count; actions of the data are not clipped. Else the updates
-are the port's, benchmarks/parity, but for CQL(rho), which it does not have.
+next_obs, so that rows at time limits count; actions of the data are not clipped. Otherwise the
+updates are the port's (benchmarks/parity), but for CQL(rho), which it does not have.
 """
 
 import math
