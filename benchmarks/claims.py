@@ -236,21 +236,25 @@ IN_CORRIDOR = dict(gamma=GAMMA, lr=3e-3, polyak=0.02)
 def naive(updates=4000, every=400, seeds=5):
     """SAC and CQL on the ledge: Q of the policy's own actions, believed and true, as they learn.
 
-    And the error of Q(x = 0, a) after the last update, at all a.
+    After the last update, for all a at x = 0: Q's error, and its error of one step, which is what Q
+    adds to the true reward and the believed value of the next position.
     """
     data, rng, curves = ledge_data(), np.random.default_rng(1), []
     x, sweep = rng.uniform(-1, 1, 200), np.linspace(-1, 1, 41)
     settings = ON_LEDGE | dict(num_updates=updates, eval_every=every, seeds=seeds)
     for state in train("cql", data, "alpha", [0.0, 1.0], **settings):
         curves.append(on_the_ledge(state, x))
-    error = each(q_value, state, np.zeros((41, 1)), sweep[:, None])
-    error -= ledge_q(curves[-1]["value"], np.zeros(41), sweep)
+    q = each(q_value, state, np.zeros((41, 1)), sweep[:, None])  # (2, S, 41)
+    to, pays = ledge_step(0.0, sweep)
+    own = likely_actions(state, to[:, None], np.tanh).reshape(2, seeds, -1, 1)
+    v = each(q_value, state, np.repeat(to, 40)[:, None], own).reshape(2, seeds, 41, 40).mean(3)
+    step, whole = q - pays - LEDGE_GAMMA * v, q - ledge_q(curves[-1]["value"], 0 * sweep, sweep)
     found = {"updates": every * (1 + np.arange(len(curves))), "actions": sweep, "seen": TRIED}
     found["best possible"] = np.interp(x, GRID, ledge_best()).mean()
     for i, who in enumerate(("SAC", "CQL")):
         names = ("believed", "true", "beyond")
         found[who] = {name: spread([curve[name][i] for curve in curves]) for name in names}
-        found[who]["error"] = spread(error[i].T)
+        found[who] |= {"error": spread(whole[i].T), "error of one step": spread(step[i].T)}
     return found
 
 

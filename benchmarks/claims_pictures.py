@@ -46,14 +46,14 @@ def naive(found, left, right):
         band(left, found["updates"], found[who]["believed"], f"{who} believes", colour)
         true = found[who]["true"]["mean"]
         left.plot(found["updates"], true, color=colour, ls=":", label=f"{who} truly gets")
-        band(right, found["actions"], found[who]["error"], who, colour)
+        band(right, found["actions"], found[who]["error of one step"], who, colour)
     levels(left, {"best possible": (found["best possible"], "0.3")})
     left.set(xlabel="updates", ylabel="Q of the policy's own actions")
     left.legend(fontsize=8, loc="upper left")
     right.axvspan(*found["seen"], color="0.9", label="actions in the data")
-    levels(right, {"no error": (0, "0.3")})
-    right.set(xlabel="action a, at x = 0", ylabel="error of Q after training")
-    right.legend(fontsize=8, loc="center left")
+    levels(right, {"nothing made up": (0, "0.3")})
+    right.set(xlabel="action a, at x = 0", ylabel="Q less the reward and the next value believed")
+    right.legend(fontsize=8, loc="lower left")
 
 
 def cql(found, *axes):
@@ -129,8 +129,8 @@ PICTURES = {  # name: (its panels, its title)
     "iql": (iql, "IQL goes from SARSA's value to the best within the data\n"
             "as tau goes to 1, and never asks Q about another action"),
     "awac": (awac, "AWAC goes from imitation (weak weights) to greed (strong weights)"),
-    "combo": (combo, "COMBO values the model's states less than the same without penalty,\n"
-              "which believes in what it cannot get"),
+    "combo": (combo, "COMBO values the model's states less than the same without penalty does,\n"
+              "once the penalty is strong: at 0.5 some seeds still trust the model"),
     "bc": (bc, "BC's ceiling is the behaviour: it can save no more than what the noise costs.\n"
            "IQL goes beyond on the same data"),
 }  # fmt: skip

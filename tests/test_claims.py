@@ -186,8 +186,11 @@ def naive_holds(found):
     assert gap[-1] > gap[0] + 10
     assert sac["believed"][-1] > found["best possible"]  # in more than there is
     assert sac["beyond"][-1] > 0.8 > 0.2 > cql["beyond"][-1]
-    seen = np.array(found["actions"]) < claims.EDGE
-    assert sac["error"][-1] > sac["error"][seen].max() + 2  # worst where nobody was
+    a, made_up = np.array(found["actions"]), sac["error of one step"]
+    seen = (a > -0.65) & (a < 0.25)
+    assert np.abs(made_up[seen]).max() < 1 < 2 < made_up[-1]  # it begins where nobody was ...
+    assert sac["error"][seen].min() > 10  # ... and spreads to all actions by the backups
+    assert cql["error of one step"][-1] < -1
     assert cql["believed"][-1] < cql["true"][-1]
     assert cql["true"][-1] > sac["true"][-1] + 10
 
@@ -228,12 +231,14 @@ def awac_holds(found, atol=0.04):
 
 
 def combo_holds(found):
+    """From beta = 1 on; 0.5 is too weak against a model that promises so much."""
     believed, true = (np.array(found[k]["mean"]) for k in ("believed", "true"))
-    assert np.all(found["believed"]["most"][-1] < np.array(found["believed"]["least"][0]))
-    assert np.all(np.diff(believed) < 0)  # the stronger the penalty the lower
+    strong = np.array(found["betas"]) >= 1
+    assert np.all(np.array(found["believed"]["most"])[strong] < found["believed"]["least"][0])
+    assert np.all(np.diff(believed[strong]) < 0)  # the stronger the penalty the lower
     assert believed[0] > true[0] + 5
-    assert believed[-1] < true[-1]
-    assert true[-1] > true[0] + 5  # and it pays
+    assert np.all(believed[strong] < true[strong])
+    assert np.all(true[strong] > true[0] + 5)  # and it pays
 
 
 def bc_holds(found, atol=0.03):
