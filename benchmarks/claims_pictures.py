@@ -51,8 +51,8 @@ def naive(found, left, right):
     left.set(xlabel="updates", ylabel="Q of the policy's own actions")
     left.legend(fontsize=8, loc="upper left")
     right.axvspan(*found["seen"], color="0.9", label="actions in the data")
-    levels(right, {"nothing made up": (0, "0.3")})
-    right.set(xlabel="action a, at x = 0", ylabel="Q less the reward and the next value believed")
+    levels(right, {"": (0, "0.3")})
+    right.set(xlabel="action a, at x = 0", ylabel="error of one step of Q", ylim=(-15, 10))
     right.legend(fontsize=8, loc="lower left")
 
 
@@ -62,7 +62,9 @@ def cql(found, *axes):
             pairs, means = (found[f"{kind}, {how}"][k] for k in ("pairs", "policy"))
             label = f"{how} the data term: Q(s, a)"
             axis.scatter(pairs["true"], pairs["learned"], 9, colour, alpha=0.5, lw=0, label=label)
-            style = dict(ec="k", marker="D", label="    mean under the policy", zorder=3)
+            style = dict(
+                ec="k", marker="D", label="mean of these under the policy, of each place", zorder=3
+            )
             axis.scatter(means["true"], means["learned"], 30, colour, **style)
         low = max(axis.get_xlim()[0], axis.get_ylim()[0])
         axis.plot([low, 1], [low, 1], color="0.3", lw=1, ls="--")
@@ -70,7 +72,9 @@ def cql(found, *axes):
                       color="0.3", fontsize=9, textcoords="offset points")  # fmt: skip
         axis.set(title={"table": "a table, exact", "network": "cql.py, 5 seeds"}[kind])
         axis.set(xlabel="true Q", ylabel="learned Q")
-    axes[1].legend(fontsize=8, loc="lower right")
+    axes[0].figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8
+    )
 
 
 def iql(found, axis):
@@ -103,7 +107,7 @@ def combo(found, axis):
     x = np.arange(len(found["betas"]))
     dots(axis, x, found["believed"], "what COMBO believes", "C0")
     dots(axis, x, found["true"], "what its policy truly gets", "k", mfc="w")
-    axis.set_xticks(x, ["0: no penalty", *found["betas"][1:]])
+    axis.set_xticks(x, ["0: no penalty", *(f"{beta:g}" for beta in found["betas"][1:])])
     axis.set(xlabel="beta, weight of the penalty", ylabel="Q at the model's states")
     axis.legend(fontsize=9)
 
@@ -123,7 +127,7 @@ def bc(found, *axes):
 
 PICTURES = {  # name: (its panels, its title)
     "naive": (naive, "Naive off-policy learning (SAC) believes in actions that nobody tried,\n"
-              "and in more the longer it learns; CQL does not"),
+              "and more so the longer it learns; CQL does not"),
     "cql": (cql, "CQL without the data term is below the truth at every action;\n"
             "with it, in the mean under the policy alone"),
     "iql": (iql, "IQL goes from SARSA's value to the best within the data\n"
