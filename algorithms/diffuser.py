@@ -16,11 +16,13 @@ Run: python algorithms/diffuser.py --env halfcheetah-medium-v2 --plan-every 4 --
 
 Settings of the authors' code. Differs from it: a batch is one of 64, not two of 32; the average of
 the weights begins at once and moves at every step, there after 2,000 and at every tenth; J trains
-as long as f, there 200,000 steps; beyond an episode's end the loss is masked, there zeros are
-learned; returns are learned divided by `return_scale`, and J is the number times it; the best plan
-is that of the largest J in the end, there before the last step; upsampling is a convolution of size
-3 to two steps, there a transposed one of size 4; no attention at halfcheetah's horizon of 4; LeCun
-for PyTorch's initialisation.
+as long as f, there 200,000 steps; windows begin at every step, there not within the last H of the
+1,000 that an episode may have; beyond an episode's end the loss is masked, there zeros are learned;
+1e-3 is added to each std or half range; returns are learned divided by `return_scale`, and J is the
+number times it; the best plan is that of the largest J in the end, there before the last step;
+upsampling is a convolution of size 3 to two steps, there a transposed one of size 4, its special
+case with two of six taps zero; no attention at halfcheetah's horizon of 4; LeCun for PyTorch's
+initialisation.
 """
 
 import sys

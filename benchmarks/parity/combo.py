@@ -54,12 +54,13 @@ DIFFERS = {
     "critic gradient, reshape lost": "a reshape lost there leaves 3",
     "critic gradient, policy first": "take the policy from before its step",
 }
+QUICK = {"xla_backend_optimization_level": 0}  # to compile; there is little to run
 UPDATES, EPOCHS, ROWS, OBS, ACTION = 3, 3, 80, 3, 2
 # Large steps, so that a few updates show; num_updates is short, so that the policy's rate falls.
 SETTINGS = dict(
     widths=(16, 16), batch_size=16, num_updates=6, gamma=0.9, actor_lr=3e-3, critic_lr=3e-3,
     polyak=0.1, beta=2.0, num_actions=10, real_fraction=0.5, horizon=1, rollout_batch=4,
-    retain=1, model_widths=(8, 8), model_decay=(0.01, 0.02, 0.03), model_lr=0.03, num_members=3,
+    retain=1, model_widths=(8, 8), model_decay=(0.01, 0.02, 0.03), model_lr=0.01, num_members=3,
     num_elites=2,
 )  # fmt: skip
 
@@ -363,7 +364,9 @@ def fit(inputs):
     def kept(name, f):
         def run(*args):
             seen[name].append(f(*args))
-            seen["model after"] = vector(read())  # before the best weights come back
+            weights = read()  # before the best ones come back
+            seen["model's bounds after"] = [weights.pop("upper"), weights.pop("lower")]
+            seen["model after"] = vector(weights)
             return seen[name][-1]
 
         return run
@@ -463,7 +466,8 @@ def programs():
     state = state.replace(**{name: keeping(getattr(state, name)) for name in NETS})
     fit = jax.eval_shape(functools.partial(combo.init_fit, cfg=cfg), key, batch)
     functions = combo.update, combo.init_fit, combo.fit_epoch, combo.model_step
-    run = {f.__name__: jax.jit(functools.partial(f, cfg=cfg)) for f in functions}
+    jit = functools.partial(jax.jit, compiler_options=QUICK)
+    run = {f.__name__: jit(functools.partial(f, cfg=cfg)) for f in functions}
     return state, keeping(fit.model), SimpleNamespace(**run)
 
 
@@ -518,6 +522,7 @@ def our_fit(inputs):
     last = jax.device_get(fit.model.params["params"])
     best = jax.device_get(combo.elites(fit, combo.Config(**SETTINGS)).params["params"])
     return {name: np.array(x) for name, x in seen.items()} | {
+        "model's bounds after": np.array([last.pop("upper"), last.pop("lower")]),
         "model after": vector(last),
         "elites": vector({name: x for name, x in best.items() if name.startswith("Dense")}),
     }
