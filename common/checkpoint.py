@@ -68,17 +68,18 @@ def read(folder, keep_damaged=False):
             if note["sha256"] != hashlib.sha256(raw).hexdigest():
                 raise ValueError("state.msgpack has another SHA-256 than checkpoint.json says")
             tree = serialization.msgpack_restore(raw)
-            if tree["step"] != note["step"]:
-                raise ValueError(f"checkpoint.json says step {note['step']} for {tree['step']}")
+            step, state = tree["step"], tree["state"]
+            if step != note["step"]:
+                raise ValueError(f"checkpoint.json says step {note['step']} for {step}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             damaged.append(f"{path} is damaged: {error}.")
             continue
         for line in damaged:
-            print(f"{line} Taking {path.name}, step {tree['step']:,}.", file=sys.stderr)
+            print(f"{line} Taking {path.name}, step {step:,}.", file=sys.stderr)
         if damaged and keep_damaged:
             shutil.rmtree(folder / "checkpoint.damaged", ignore_errors=True)
             (folder / "checkpoint").rename(folder / "checkpoint.damaged")
-        return tree["step"], tree["state"]
+        return step, state
     if damaged:
         raise RunError("\n".join([*damaged, f"No whole checkpoint is left in {folder}."]))
     return 0, None

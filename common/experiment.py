@@ -68,7 +68,7 @@ class Run:
         cfg, data, returns = self.cfg, self.data, self.data.returns()
         algorithm = config.algorithm(cfg)
         dataset = re.sub(r"[^\w.-]+", "-", data.name).strip("-.")[-100:]
-        parent = Path(cfg.out).expanduser().resolve() / algorithm / dataset
+        parent = Path(os.path.expanduser(cfg.out)).resolve() / algorithm / dataset
         parent.mkdir(parents=True, exist_ok=True)
         stem = f"{datetime.now():%Y%m%d-%H%M%S}-s{cfg.seed}"
         for end in ["", *(f"-{i}" for i in range(2, 1000))]:  # several may start in one second

@@ -4,6 +4,7 @@ policy = load_policy("runs/iql/..."); action = policy(obs)
 """
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from common.policy import Policy, pure
 
 def load(run):
     """(algorithm's module, cfg, state) of a run folder's last checkpoint, seeds on axis 0."""
-    folder = Path(run).expanduser().resolve()
+    folder = Path(os.path.expanduser(run)).resolve()
     info = config.read(folder)
     module, (n, d, a) = config.module(info["algorithm"]), info["dims"]
     cfg = config.build(module.Config, info["config"], folder)
@@ -43,7 +44,7 @@ def load_policy(run, seed_index=0):
 
 def recorded(run):
     """The returns (S, episodes) that training recorded at the last checkpoint, or None."""
-    step, _ = checkpoint.read(Path(run).expanduser().resolve())
-    path = Path(run) / "returns.json"
+    folder = Path(os.path.expanduser(run)).resolve()
+    (step, _), path = checkpoint.read(folder), folder / "returns.json"
     returns = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return returns.get(str(step))

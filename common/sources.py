@@ -135,7 +135,7 @@ def d4rl_names() -> dict[str, Source]:
 def find_d4rl(name, source):
     """A copy that the user has, else a download from D4RL's host, else from the mirror."""
     own = os.environ.get("D4RL_DATASET_DIR")
-    folders = [Path(own).expanduser()] if own else []
+    folders = [Path(os.path.expanduser(own))] if own else []
     folders.append(Path("~/.d4rl/datasets").expanduser())
     file = Path(source.path).name
     for path in (folder / sub for folder in folders for sub in (file, source.path)):
@@ -154,7 +154,7 @@ def find_d4rl(name, source):
 
 def minari_folder():
     """Where minari keeps its datasets."""
-    return Path(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets").expanduser()
+    return Path(os.path.expanduser(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets"))
 
 
 def local_minari(name):

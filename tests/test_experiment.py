@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+from flax import serialization
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parent))
@@ -370,7 +372,15 @@ def restep(path):
     note.write_text(note.read_text().replace('"step": 30', '"step": 40'))
 
 
-DAMAGES = [truncate, edit, restep, Path.unlink]
+def hollow(path):
+    """A hash that fits, and nothing in it."""
+    raw = serialization.msgpack_serialize({"step": 30})
+    path.write_bytes(raw)
+    note = {"step": 30, "sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
+    path.with_name("checkpoint.json").write_text(json.dumps(note))
+
+
+DAMAGES = [truncate, edit, restep, hollow, Path.unlink]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -471,10 +481,13 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_training(cfg, 
     assert resumed(done).step == 50
 
 
-def test_output_folder_that_cannot_be(cfg, tmp_path):
+def test_output_folder_that_cannot_be(cfg, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(experiment.RunError, match="Cannot use .*file"):
         toy.main(dataclasses.replace(cfg, out=str(tmp_path / "file")))
+    monkeypatch.chdir(tmp_path)
+    run = toy.main(dataclasses.replace(cfg, out="~nobody-of-that-name/x"), stop=10)
+    assert run.folder.is_relative_to(tmp_path / "~nobody-of-that-name")  # as a shell has it
 
 
 def test_checkpoint_of_another_shape(tmp_path):
