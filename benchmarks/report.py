@@ -148,6 +148,40 @@ def peers_table(runs, peers):
     return "\n".join(lines) + "\n"
 
 
+def parity_table(rows):
+    """Markdown of `python -m benchmarks.parity`: the largest difference of each kind of number."""
+    kinds = {  # the first whose words are in a quantity's name
+        "losses": ("loss of", "loss", "error", "gap"),
+        "gradients": ("gradient",),
+        "weights after updates": ("after", "average", "parameters"),
+        "other": ("",),
+    }
+    lines = ["| algorithm | peer | " + " | ".join(kinds) + " | numbers |"]
+    lines.append("|" + "---|" * (len(kinds) + 3))
+    groups = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        names = (kind for kind, words in kinds.items() if any(w in row["quantity"] for w in words))
+        if not row["differs"]:
+            groups[row["algorithm"], row["peer"]][next(names)].append(row["difference"])
+    for (algorithm, peer), found in groups.items():
+        cells = [f"{max(found[kind]):.0e}" if found[kind] else "" for kind in kinds]
+        total = sum(map(len, found.values()))
+        lines.append(f"| {algorithm.upper()} | {peer} | {' | '.join(cells)} | {total} |")
+    return "\n".join(lines) + "\n"
+
+
+def resume_table(rows):
+    """Markdown of resume.py's numbers."""
+    phases = ["training", "evaluating", "writing the checkpoint"]
+    names = ["", "kills", *phases, "runs", "equal bits at the end"]
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    for row in rows:
+        cells = [row["algorithm"].upper(), row["kills"], *(row["phases"].get(x, 0) for x in phases)]
+        cells += [row["runs"], f"{row['runs_with_equal_bits']} of {row['runs']}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def planning_table(rows):
     """Markdown of planning.py's numbers."""
     names = ["dataset", "Diffuser's planner", "ms a step, 1 episode", "10 episodes", "score"]
@@ -222,13 +256,15 @@ def main(cfg: Config):
     runs = list(merge(runs))
     if not runs:
         raise SystemExit(f"no runs in {results / 'runs'}")
-    values, planning, stitching = (
+    values, planning, stitching, parity, resume = (
         json.loads((results / f"{name}.json").read_text("utf-8"))
-        for name in ("values", "planning", "stitching")
+        for name in ("values", "planning", "stitching", "parity", "resume")
     )
     tables = {
         "scores": table(runs),
         "peers": peers_table(runs, peers),
+        "parity": parity_table(parity),
+        "resume": resume_table(resume["rows"]),
         "values": value_table(values),
         "planning": planning_table(planning),
         "stitching": stitching_table(stitching["runs"]),

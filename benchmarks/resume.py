@@ -1,6 +1,6 @@
 """Kills runs at random moments, resumes them, and compares with a run that was left alone.
 
-    python benchmarks/resume.py    # 24 times IQL, 8 times COMBO; some twenty minutes on one core
+    python benchmarks/resume.py    # 24 times IQL, 8 times COMBO; half an hour on one core
 
 Each trial starts the real command, kills it (SIGKILL) while it trains, evaluates or writes its
 checkpoint, and resumes it with --resume, killing again, until the trial's kills are spent; then it
