@@ -11,11 +11,12 @@ optimisers and all else in checkpoint/state.msgpack. To benchmarks/results/resum
 import json
 import random
 import runpy
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,16 +75,15 @@ def start(algorithm, mark, *flags):
 
 
 def durations(process, mark):
-    """Seconds of one visit to each phase, the mean of all visits until the process ends."""
-    spent, visits, last, begin = Counter(), Counter(), 0, time.perf_counter()
+    """Seconds of one visit to each phase, the median of all visits until the process ends."""
+    visits, last, begin = defaultdict(list), 0, time.perf_counter()
     while process.poll() is None:
         if (now := mark.read_bytes()[0]) != last:
             end = time.perf_counter()
-            spent[last] += end - begin
-            visits[last] += 1
+            visits[last].append(end - begin)
             last, begin = now, end
         time.sleep(0.0005)
-    return {phase: spent[phase] / visits[phase] for phase in visits}
+    return {phase: statistics.median(seconds) for phase, seconds in visits.items()}
 
 
 def kill(process, mark, phase, visit, seconds):
