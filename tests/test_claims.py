@@ -258,7 +258,7 @@ SHORT = {
     "cql": dict(updates=1500, seeds=1),
     "iql": dict(updates=2000, seeds=1, taus=(0.5, 0.9, 0.99)),
     "awac": dict(updates=2000, seeds=1, lambdas=(3.0, 0.1, 0.003)),
-    "combo": dict(updates=1200, seeds=1, betas=(0.0, 5.0)),
+    "combo": dict(updates=2400, seeds=1, betas=(0.0, 5.0)),
     "bc": dict(updates=1500, seeds=1, means=(-0.5, 0.25)),
 }
 
