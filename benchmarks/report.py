@@ -69,6 +69,8 @@ def title(run):
         name = f"{config['fraction']:.0%}BC"
     if run["algorithm"] == "iql" and not config["normalize"]:
         name += " --no-normalize"
+    if run["algorithm"] == "awac" and len(run["config"]["widths"]) > 2:
+        name += f", {len(run['config']['widths'])} layers"
     return name + (f", beta {config['beta']:g}" if run["algorithm"] == "combo" else "")
 
 

@@ -110,7 +110,7 @@ def test_a_peers_score_stands_beside_ours_of_as_many_updates():
     report = benchmark("report")
     one = {
         **{"algorithm": "awac", "dataset": "n", "curve": {"5": [10.0]}, "returns": [[10.0, 10.0]]},
-        "config": {"num_updates": 5, "seed": 0, "num_seeds": 1, "lr": 1.0},
+        "config": {"num_updates": 5, "seed": 0, "num_seeds": 1, "widths": [8, 8]},
     }
     two = one | {"config": one["config"] | {"seed": 1}, "returns": [[20.0, 20.0]]}
     long = one | {"config": one["config"] | {"num_updates": 9}, "returns": [[99.0, 99.0]]}
