@@ -142,7 +142,8 @@ def test_a_loaded_dt_acts_as_in_evaluation(walk, tmp_path, monkeypatch):
     data = datasets.Dataset("mine", walk, *arrays, np.array([0, 4]), np.array([4, 5]), 0, 1, {})
     cfg = dt.Config(
         env="mine", out=str(tmp_path), num_seeds=2, num_updates=10, eval_every=10, context=3,
-        layers=1, width=8, max_time=10, targets=(5.0,), rtg_scale=1.0, eval_episodes=1, batch_size=8,
+        layers=1, width=8, max_time=10, targets=(5.0,), rtg_scale=1.0, eval_episodes=1,
+        batch_size=8,
     )  # fmt: skip
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
     shapes = jax.eval_shape(jax.vmap(partial(dt.init, cfg=cfg), (0, None)), keys, data.steps())
