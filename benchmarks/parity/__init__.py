@@ -3,10 +3,27 @@
 A tree is a dict of dicts of arrays, as Flax keeps parameters; flat, its names are joined by "/".
 """
 
+import importlib
+
 import numpy as np
 
-# For jax.jit: the same mathematics, compiled in half the time.
-QUICK = dict(compiler_options={"xla_backend_optimization_level": 0})
+
+def jit(function, **options):
+    """jax.jit to the same mathematics, compiled in half the time: there is little to run."""
+    import jax
+
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
+
+
+def start(name, batches, **settings):
+    """A config and a fresh state of algorithms/<name>.py; batches: fields of Batches on axis 0."""
+    import jax
+
+    from common.datasets import Batch
+
+    module = importlib.import_module(f"algorithms.{name}")
+    cfg = module.Config(**settings)
+    return cfg, module.init(jax.random.key(0), Batch(**tree_map(lambda x: x[0], batches)), cfg)
 
 
 def tree_map(f, *trees):
@@ -52,20 +69,6 @@ def scramble(tree, rng, scale=0.3):
     return tree_map(noise, tree)
 
 
-def to_linear(layer, dense):
-    """Writes a Dense, kernel (in, out), into a torch Linear, weight (out, in)."""
-    import torch
-
-    layer.weight.data = torch.tensor(np.ascontiguousarray(dense["kernel"].T))
-    layer.bias.data = torch.tensor(dense["bias"])
-
-
-def from_linear(layer, grad=False):
-    """The inverse of `to_linear`, for the parameters or for their gradients."""
-    weight, bias = (x.grad if grad else x.data for x in (layer.weight, layer.bias))
-    return {"kernel": weight.numpy().T.copy(), "bias": bias.numpy().copy()}
-
-
 def random_batches(rng, count=3, rows=32, obs_dim=3, action_dim=2):
     """Fields of `count` Batches, stacked on axis 0; a third of the rows is done."""
     return {
@@ -75,15 +78,3 @@ def random_batches(rng, count=3, rows=32, obs_dim=3, action_dim=2):
         "next_obs": rng.normal(size=(count, rows, obs_dim)).astype(np.float32),
         "done": (rng.random((count, rows)) < 1 / 3).astype(np.float32),
     }
-
-
-def to_mlp(layers, params):
-    """Writes Dense_0, Dense_1, ... into the Linears of a torch Sequential."""
-    for i, layer in enumerate(layer for layer in layers if hasattr(layer, "weight")):
-        to_linear(layer, params[f"Dense_{i}"])
-
-
-def from_mlp(layers, grad=False):
-    """The inverse of `to_mlp`, for the parameters or for their gradients."""
-    linears = [layer for layer in layers if hasattr(layer, "weight")]
-    return {f"Dense_{i}": from_linear(layer, grad) for i, layer in enumerate(linears)}

@@ -13,16 +13,8 @@ awac_lambda is 1 / beta.
 
 import numpy as np
 
-from benchmarks.parity import (
-    QUICK,
-    flatten,
-    from_mlp,
-    random_batches,
-    scramble,
-    to_mlp,
-    tree_map,
-    unflatten,
-)
+from benchmarks.parity import flatten, jit, random_batches, scramble, start, tree_map, unflatten
+from benchmarks.parity.layers import from_mlp, to_mlp
 
 PEER = dict(
     name="CORL",
@@ -41,7 +33,7 @@ def inputs():
 
     rng = np.random.default_rng(2)  # no gradient so small that rounding turns Adam round
     batches = random_batches(rng)
-    _, state = start(batches)
+    _, state = start("awac", batches, **SETTINGS)
     params = {n: scramble(getattr(state, n).params["params"], rng) for n in ("actor", "critic")}
     params["target"] = scramble(state.target["params"], rng)
     noise = jax.vmap(lambda key: draw(key, batches["action"].shape[1:]))(keys())
@@ -69,21 +61,8 @@ def draw(key, shape):
     }
 
 
-def start(batches):
-    """Our settings and a fresh state."""
-    import jax
-
-    from algorithms import awac
-    from common.datasets import Batch
-
-    cfg = awac.Config(**SETTINGS)
-    return cfg, awac.init(jax.random.key(0), Batch(**tree_map(lambda x: x[0], batches)), cfg)
-
-
 def ours(inputs):
-    import jax
-
-    return jax.jit(outputs, **QUICK)(unflatten(inputs, "batch"), unflatten(inputs, "params"))
+    return jit(outputs)(unflatten(inputs, "batch"), unflatten(inputs, "params"))
 
 
 def outputs(batches, params):
@@ -92,7 +71,7 @@ def outputs(batches, params):
     from algorithms import awac
     from common.datasets import Batch
 
-    cfg, state = start(batches)
+    cfg, state = start("awac", batches, **SETTINGS)
     nets = {n: getattr(state, n).replace(params={"params": params[n]}) for n in ("actor", "critic")}
     state, batches = state.replace(target={"params": params["target"]}, **nets), Batch(**batches)
 

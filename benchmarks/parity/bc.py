@@ -15,17 +15,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from benchmarks.parity import (
-    QUICK,
-    awac,
-    flatten,
-    from_mlp,
-    random_batches,
-    scramble,
-    to_mlp,
-    tree_map,
-    unflatten,
-)
+from benchmarks.parity import awac, flatten, jit, random_batches, scramble, start, unflatten
+from benchmarks.parity.layers import from_mlp, to_mlp
 
 PEER = awac.PEER
 # The layers that CORL's AWAC has; large steps, so that three updates show.
@@ -36,27 +27,14 @@ HEADS = ("deterministic", "gaussian")
 def inputs():
     rng = np.random.default_rng(8)  # no gradient so small that rounding turns Adam round
     batches = random_batches(rng)
-    _, state = start("gaussian", batches)
+    _, state = start("bc", batches, head="gaussian", **SETTINGS)
     params = scramble(state.actor.params["params"], rng)
     return flatten({"batch": batches, "params": {"actor": params}})
 
 
-def start(head, batches):
-    """Our settings and a fresh state."""
-    import jax
-
-    from algorithms import bc
-    from common.datasets import Batch
-
-    cfg = bc.Config(**SETTINGS, head=head)
-    return cfg, bc.init(jax.random.key(0), Batch(**tree_map(lambda x: x[0], batches)), cfg)
-
-
 def ours(inputs):
-    import jax
-
     batches, params = unflatten(inputs, "batch"), unflatten(inputs, "params")
-    run = jax.jit(outputs, static_argnums=0, **QUICK)
+    run = jit(outputs, static_argnums=0)
     return {k: v for head in HEADS for k, v in run(head, batches, params["actor"]).items()}
 
 
@@ -66,7 +44,7 @@ def outputs(head, batches, params):
     from algorithms import bc
     from common.datasets import Batch
 
-    cfg, state = start(head, batches)
+    cfg, state = start("bc", batches, head=head, **SETTINGS)
     state = state.replace(actor=state.actor.replace(params={"params": params}))
     batches = Batch(**batches)
     loss = jax.value_and_grad(bc.actor_loss, has_aux=True)

@@ -33,16 +33,8 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.parity import (
-    flatten,
-    from_linear,
-    random_batches,
-    scramble,
-    to_linear,
-    tree_map,
-    unflatten,
-    vector,
-)
+from benchmarks.parity import flatten, jit, random_batches, scramble, tree_map, unflatten, vector
+from benchmarks.parity.layers import from_linear, to_linear
 
 PEER = dict(
     name="OfflineRL-Kit",
@@ -54,7 +46,6 @@ DIFFERS = {
     "critic gradient, reshape lost": "a reshape lost there leaves 3",
     "critic gradient, policy first": "take the policy from before its step",
 }
-QUICK = {"xla_backend_optimization_level": 0}  # to compile; there is little to run
 UPDATES, EPOCHS, ROWS, OBS, ACTION = 3, 3, 80, 3, 2
 # Large steps, so that a few updates show; num_updates is short, so that the policy's rate falls.
 SETTINGS = dict(
@@ -466,7 +457,6 @@ def programs():
     state = state.replace(**{name: keeping(getattr(state, name)) for name in NETS})
     fit = jax.eval_shape(functools.partial(combo.init_fit, cfg=cfg), key, batch)
     functions = combo.update, combo.init_fit, combo.fit_epoch, combo.model_step
-    jit = functools.partial(jax.jit, compiler_options=QUICK)
     run = {f.__name__: jit(functools.partial(f, cfg=cfg)) for f in functions}
     return state, keeping(fit.model), SimpleNamespace(**run)
 

@@ -15,16 +15,8 @@ temperature, their log_alpha_prime that of our multiplier. Under Lagrange they c
 
 import numpy as np
 
-from benchmarks.parity import (
-    QUICK,
-    flatten,
-    from_mlp,
-    random_batches,
-    scramble,
-    to_mlp,
-    tree_map,
-    unflatten,
-)
+from benchmarks.parity import flatten, jit, random_batches, scramble, start, tree_map, unflatten
+from benchmarks.parity.layers import from_mlp, to_mlp
 
 PEER = dict(
     name="young-geng/CQL",
@@ -48,7 +40,7 @@ def inputs():
 
     rng = np.random.default_rng(0)
     batches = random_batches(rng, rows=16)
-    cfg, state = start("H", batches)
+    cfg, state = start("cql", batches, **SETTINGS)
     params = {name: scramble(getattr(state, name).params["params"], rng) for name in NETS}
     params["target"] = scramble(state.target["params"], rng)
     noise = jax.vmap(lambda key: draw(key, cfg.num_actions, batches["action"].shape[1:]))(keys())
@@ -82,22 +74,9 @@ def draw(key, n, shape):
     }
 
 
-def start(variant, batches):
-    """Our settings and a fresh state."""
-    import jax
-
-    from algorithms import cql
-    from common.datasets import Batch
-
-    cfg = cql.Config(**SETTINGS, **VARIANTS[variant][0])
-    return cfg, cql.init(jax.random.key(0), Batch(**tree_map(lambda x: x[0], batches)), cfg)
-
-
 def ours(inputs):
-    import jax
-
     batches, params = unflatten(inputs, "batch"), unflatten(inputs, "params")
-    run = jax.jit(outputs, static_argnums=0, **QUICK)
+    run = jit(outputs, static_argnums=0)
     return {k: v for name in VARIANTS for k, v in run(name, batches, params).items()}
 
 
@@ -107,7 +86,7 @@ def outputs(variant, batches, params):
     from algorithms import cql
     from common.datasets import Batch
 
-    cfg, state = start(variant, batches)
+    cfg, state = start("cql", batches, **SETTINGS, **VARIANTS[variant][0])
     nets = {name: getattr(state, name).replace(params={"params": params[name]}) for name in NETS}
     state, batches = state.replace(target={"params": params["target"]}, **nets), Batch(**batches)
 

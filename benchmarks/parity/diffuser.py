@@ -33,7 +33,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.parity import flatten, tree_map, unflatten, vector
+from benchmarks.parity import flatten, jit, tree_map, unflatten, vector
 
 PEER = dict(
     name="authors (diffuser)",
@@ -41,7 +41,6 @@ PEER = dict(
     commit="7ea422860cc0106e5ca5949d980f04b799d5462c",
     environment="torch==2.13.0 einops numpy",
 )
-QUICK = {"xla_backend_optimization_level": 0}  # to compile; there is little to run
 UPDATES, PLANS, OBS, ACTION = 3, 1, 4, 2
 # A fast average, so that three updates show; not so the rate, theirs: of Adam's first steps, all of
 # one size, rounding decides some, and larger ones add up to more than rounding.
@@ -429,7 +428,6 @@ def programs():
     def gradient(params, x, t):
         return jax.grad(lambda x: nets["value"].apply_fn(params, x, t).sum())(x)
 
-    jit = functools.partial(jax.jit, compiler_options=QUICK)
     return SimpleNamespace(
         update=jit(functools.partial(diffuser.update, cfg=cfg)),
         plan=jit(functools.partial(plan, cfg=cfg)),

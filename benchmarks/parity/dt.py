@@ -30,7 +30,7 @@ from unittest import mock
 
 import numpy as np
 
-from benchmarks.parity import flatten, scramble, unflatten, vector
+from benchmarks.parity import flatten, jit, scramble, unflatten, vector
 
 PEER = dict(
     name="authors (decision-transformer)",
@@ -38,7 +38,6 @@ PEER = dict(
     commit="e2d82e68f330c00f763507b3b01d774740bee53f",
     environment="torch==2.13.0 transformers==4.30.2 numpy",
 )
-QUICK = {"xla_backend_optimization_level": 0}  # to compile; there is little to run
 LENGTHS = 9, 2, 104, 5  # one episode is shorter than a window, one longer than time is told apart
 UPDATES, ACTED = 3, 7  # acting goes on for longer than the context
 OBS, ACTION = 3, 2
@@ -260,7 +259,6 @@ def programs():
     def act(state, carry, obs, reward):
         return dt.act(state, carry, obs, reward, key, cfg)
 
-    jit = functools.partial(jax.jit, compiler_options=QUICK)
     return jit(lambda data: dt.init(key, data, cfg)), jit(step), jit(act)
 
 

@@ -13,7 +13,7 @@ stands beside its MLP, ours is the MLP's last; their log_stds is our log_std.
 
 import numpy as np
 
-from benchmarks.parity import QUICK, flatten, random_batches, scramble, tree_map, unflatten
+from benchmarks.parity import flatten, jit, random_batches, scramble, start, tree_map, unflatten
 
 PEER = dict(
     name="authors (implicit_q_learning)",
@@ -35,27 +35,14 @@ LOSSES = ("value", "actor", "critic")  # in the order of an update
 def inputs():
     rng = np.random.default_rng(0)
     batches = random_batches(rng)
-    _, state = start(batches)
+    _, state = start("iql", batches, **SETTINGS)
     params = {name: scramble(getattr(state, name).params["params"], rng) for name in LOSSES}
     params["target"] = scramble(state.target["params"], rng)
     return flatten({"batch": batches, "params": params})
 
 
-def start(batches):
-    """Our settings and a fresh state."""
-    import jax
-
-    from algorithms import iql
-    from common.datasets import Batch
-
-    cfg = iql.Config(**SETTINGS)
-    return cfg, iql.init(jax.random.key(0), Batch(**tree_map(lambda x: x[0], batches)), cfg)
-
-
 def ours(inputs):
-    import jax
-
-    return jax.jit(outputs, **QUICK)(unflatten(inputs, "batch"), unflatten(inputs, "params"))
+    return jit(outputs)(unflatten(inputs, "batch"), unflatten(inputs, "params"))
 
 
 def outputs(batches, params):
@@ -64,7 +51,7 @@ def outputs(batches, params):
     from algorithms import iql
     from common.datasets import Batch
 
-    cfg, state = start(batches)
+    cfg, state = start("iql", batches, **SETTINGS)
     nets = {name: getattr(state, name).replace(params={"params": params[name]}) for name in LOSSES}
     state, batches = state.replace(target={"params": params["target"]}, **nets), Batch(**batches)
 
