@@ -1,0 +1,239 @@
+"""A grid of runs, algorithms x datasets x seeds, by the public commands; called again, it goes on.
+
+    python benchmarks/scores.py                                   # the default grid, short runs
+    python benchmarks/scores.py --algorithms iql awac --num-seeds 5 --budget full
+    python benchmarks/scores.py --dry-run                         # the commands; what is done
+
+A cell is one command, `python algorithms/NAME.py --env ...`. It is done when a run folder below
+--out whose config.json holds its very config has the returns of the last update, which then go to
+--results (see report.py); one with a checkpoint is resumed; else a new one begins. The output goes
+to <out>/logs. On a cluster whose machines share this folder and --out:
+
+    python benchmarks/scores.py --seeds-per-run 1 --slurm grid.sh && sbatch grid.sh
+    python benchmarks/scores.py --seeds-per-run 1 --ray auto      # needs pip install ray
+"""
+
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))  # finds benchmarks/ and common/
+from benchmarks import report, scores_cluster  # noqa: E402
+from common import config  # noqa: E402
+
+BUDGETS = {  # each algorithm's flags
+    "short": {  # three seeds on three datasets: a night of two CPU cores
+        "bc": "--num-updates 50000 --eval-every 5000",
+        "10%bc": "--fraction 0.1 --num-updates 50000 --eval-every 5000",
+        "awac": "--num-updates 50000 --eval-every 5000",
+        "iql": "--num-updates 50000 --eval-every 5000",
+        "cql": "--num-updates 20000 --eval-every 2000",
+        "combo": "--num-updates 20000 --eval-every 1000 --max-epochs 25 --actor-lr 3e-4"
+        " --rho model --widths 256 256",  # as `make run`
+        "dt": "--num-updates 5000 --eval-every 1000 --warmup 1000",
+        "diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
+        " --plan-every 2 --ddim-steps 5 --samples 16 --eval-episodes 5",  # a cheap planner
+    },
+    "full": {  # the files' own defaults: a million updates, DT 100,000
+        **dict.fromkeys(["bc", "awac", "iql", "cql", "combo", "dt", "diffuser"], ""),
+        "10%bc": "--fraction 0.1",
+    },
+}
+FILES = {"10%bc": "bc"}  # the other names are those of their files
+DATASETS = ("halfcheetah/medium-v0", "hopper/medium-replay-v0", "walker2d/medium-v0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    algorithms: tuple[Literal[tuple(BUDGETS["short"])], ...] = tuple(BUDGETS["short"])
+    datasets: tuple[str, ...] = tuple(f"stillwater/{name}" for name in DATASETS)  # as for --env
+    num_seeds: int = 3  # 0, 1, ...
+    seeds_per_run: int = 0  # trained together under vmap; 0: all; 1: the most cells
+    budget: Literal[tuple(BUDGETS)] = "short"  # each algorithm's flags
+    updates: int = 0  # of every algorithm; 0: as the budget says
+    flags: str = ""  # more of them for every command: --flags="--eval-episodes 100"
+    out: str = "runs"  # where run folders go, and are looked for
+    results: str = str(ROOT / "benchmarks/results")  # where report.py looks for runs
+    jobs: int = 0  # runs at once; 0: one for every two CPU cores, on a GPU one
+    dry_run: bool = False  # print the commands and what is done, no more
+    cell: int | None = None  # run this one alone; the first is 0
+    slurm: str = ""  # write a job script, one task a cell, to this file, no more
+    ray: str = ""  # run on Ray at this address; "auto": where it was started; "local": here
+
+
+class Cell(NamedTuple):
+    name: str
+    algorithm: str  # its file
+    config: object  # its Config as the command resolves it
+    words: list[str]  # of the command
+
+
+def grid(cfg):
+    """Every cell, in an order that the flags alone decide."""
+    cells, together = [], cfg.seeds_per_run or cfg.num_seeds
+    seeds = range(0, cfg.num_seeds, together)
+    for name, env, seed in itertools.product(cfg.algorithms, cfg.datasets, seeds):
+        algorithm, flags = FILES.get(name, name), BUDGETS[cfg.budget][name]
+        if cfg.updates:
+            times = next(n for n in range(10, 0, -1) if cfg.updates % n == 0)  # evaluations
+            flags = re.sub(r"--(num-updates|eval-every) \S+", "", flags)
+            flags += f" --num-updates {cfg.updates} --eval-every {cfg.updates // times}"
+        count = min(together, cfg.num_seeds - seed)
+        words = ["--env", env, *shlex.split(f"{flags} {cfg.flags}")]
+        words += ["--seed", str(seed), "--num-seeds", str(count), "--out", cfg.out]
+        module = load(algorithm)
+        wanted = tyro.cli(module.Config, args=words)
+        wanted = essence(config.resolve(wanted, getattr(module, "PAPER", None)))
+        stamp = hashlib.sha256(repr(wanted).encode()).hexdigest()[:8]
+        label = re.sub(r"[^\w.%]+", "-", f"{name}-{env}-s{seed}x{count}")[-100:]
+        cells.append(Cell(f"{label}-{stamp}", algorithm, wanted, words))
+    return cells
+
+
+load = functools.cache(config.module)
+
+
+def essence(cfg):
+    """A run's config without what leaves its numbers as they are."""
+    return dataclasses.replace(cfg, out="", resume="", wandb=False)
+
+
+def find(cell, out):
+    """("done", "partly done" or "missing", the newest such run folder of this config)."""
+    found = {"missing": None}
+    for folder in sorted(out.glob(f"{cell.algorithm}/*/*/")):
+        with suppress(config.RunError, OSError, ValueError):  # damaged: as if it were not there
+            stored = config.build(type(cell.config), config.read(folder)["config"], folder)
+            if essence(stored) == cell.config:
+                path, last = folder / "returns.json", str(cell.config.num_updates)
+                if path.exists() and last in json.loads(path.read_text("utf-8")):
+                    found["done"] = folder
+                elif any(folder.glob("checkpoint*/checkpoint.json")):
+                    found["partly done"] = folder
+    return next((x, found[x]) for x in ("done", "partly done", "missing") if x in found)
+
+
+def command(cell, folder):
+    """Words after `python`; folder: of the run to resume, None: a new one."""
+    words = ["--resume", str(folder)] if folder else cell.words
+    return [f"algorithms/{cell.algorithm}.py", *words]
+
+
+def run(cell, cfg, children, stops):
+    """Trains what is left of a cell: "done", "failed", "stopped" or "running elsewhere".
+
+    children: the processes of all cells, this one among them; stops: not empty: start no more.
+    """
+    out, began = Path(cfg.out).expanduser().resolve(), time.time()
+    path = out / "logs" / f"{cell.name}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as log:
+        try:  # the child keeps the lock, too, even if this process is killed
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{cell.name}: running elsewhere", flush=True)
+            return "running elsewhere"
+        state, folder = find(cell, out)
+        if state == "done":
+            report.add(folder, Path(cfg.results))
+            print(f"{cell.name}: done before", flush=True)
+            return "done"
+        if stops:
+            return "stopped"
+        script, *words = command(cell, folder)
+        print(f"{cell.name}: " + (f"resuming {folder}" if folder else "starting"), flush=True)
+        log.write(f"\n$ python {shlex.join([script, *words])}\n".encode())
+        log.flush()
+        line = [sys.executable, str(ROOT / script), *words]
+        # In a session of its own Ctrl-C does not reach it: told twice, it would not save
+        child = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True)
+        children.append(child)
+        if stops:
+            child.terminate()
+        code = child.wait()
+        children.remove(child)
+        state, folder = find(cell, out)
+        minutes = (time.time() - began) / 60
+        if state == "done":
+            path = report.add(folder, Path(cfg.results))
+            print(f"{cell.name}: done in {minutes:.1f} min, {path.name}", flush=True)
+            return "done"
+        state = "stopped" if stops else "failed"
+        log.seek(0)
+        lines = [] if stops else log.read().decode(errors="replace").splitlines()[-10:]
+        lines = [f"{cell.name}: {state}, exit code {code}, see {path}", *lines]
+        print("\n    ".join(lines), flush=True)
+        return state
+
+
+def work(cells, cfg):
+    """Runs the cells, --jobs at once; their states. Ctrl-C (SIGTERM): they save and end."""
+    children, stops, before = [], [], {}
+
+    def stop(*_):
+        stops.append(True)
+        print("Stopping: each run ends its chunk and saves. Again: at once.", flush=True)
+        for child in list(children):
+            child.terminate()  # SIGINT would be ignored in a background job until training begins
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, stop)
+    with ThreadPoolExecutor(cfg.jobs or fitting()) as pool:
+        states = list(pool.map(lambda cell: run(cell, cfg, children, stops), cells))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return states
+
+
+def fitting():
+    """How many runs at once; asked in another process, as JAX in this one would take the GPU."""
+    code = "import jax; print(jax.default_backend())"
+    backend = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    return max(1, os.cpu_count() // scores_cluster.CORES) if backend.split()[-1:] == ["cpu"] else 1
+
+
+def main(cfg: Config):
+    cells, out = grid(cfg), Path(cfg.out).expanduser().resolve()
+    if cfg.cell is not None:
+        if not 0 <= cfg.cell < len(cells):
+            raise SystemExit(f"--cell {cfg.cell}: the grid has 0 to {len(cells) - 1}.")
+        cells = [cells[cfg.cell]]
+    if cfg.dry_run:
+        states = [find(cell, out) for cell in cells]
+        for cell, (state, folder) in zip(cells, states, strict=True):
+            what = folder if state == "done" else f"python {shlex.join(command(cell, folder))}"
+            print(f"{state:11}  {what}")
+        states = [state for state, _ in states]
+        print(", ".join(f"{states.count(x)} {x}" for x in ("done", "partly done", "missing")))
+    elif cfg.slurm:
+        scores_cluster.slurm(cfg, len(cells))
+    else:
+        states = scores_cluster.on_ray(cfg, len(cells)) if cfg.ray else work(cells, cfg)
+        failed = [cell.name for cell, x in zip(cells, states, strict=True) if x == "failed"]
+        if failed:
+            print(f"{len(failed)} of {len(cells)} failed: {' '.join(failed)}")
+        if "stopped" in states:
+            print("Stopped. The same command goes on.")
+            raise SystemExit(130)
+        raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
