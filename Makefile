@@ -7,8 +7,11 @@ CUDA ?=
 RUN ?= --num-updates 20000 --eval-every 1000 --max-epochs 25 --actor-lr 3e-4 --rho model \
 	--widths 256 256
 
+# `make bench-scores BUDGET=full` is a million updates of each; short is a night of two cores.
+BUDGET ?= short
+
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow lint
+.PHONY: help install run test test-slow lint datasets bench-speed bench-scores report
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,3 +36,21 @@ test-slow: install  ## the long tests
 lint: install  ## ruff: style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+datasets: install  ## the full set of MuJoCo datasets that is not yet there; SAC, hours for each robot
+	@for robot in HalfCheetah Hopper Walker2d; do \
+		for kind in random medium medium-replay medium-expert expert; do \
+			name=data/stillwater/$$(echo $$robot | tr A-Z a-z)/$$kind-v0; \
+			if [ -d $$name ]; then echo "$$name is there"; continue; fi; \
+			$(BIN)/python benchmarks/collect.py --env-id $$robot-v5 --kind $$kind || exit; \
+		done; \
+	done
+
+bench-speed: install  ## how fast each algorithm is on this machine
+	$(BIN)/python benchmarks/speed.py
+
+bench-scores: install  ## every algorithm on three datasets; goes on where it was stopped
+	$(BIN)/python benchmarks/scores.py --budget $(BUDGET)
+
+report: install  ## README's tables and the curves, of all runs
+	$(BIN)/python benchmarks/report.py

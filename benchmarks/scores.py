@@ -161,6 +161,7 @@ def run(cell, cfg, children, stops):
         print(f"{cell.name}: " + (f"resuming {folder}" if folder else "starting"), flush=True)
         log.write(f"\n$ python {shlex.join([script, *words])}\n".encode())
         log.flush()
+        start = log.tell()
         line = [sys.executable, str(ROOT / script), *words]
         # In a session of its own Ctrl-C does not reach it: told twice, it would not save
         child = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True)
@@ -176,7 +177,7 @@ def run(cell, cfg, children, stops):
             print(f"{cell.name}: done in {minutes:.1f} min, {path.name}", flush=True)
             return "done"
         state = "stopped" if stops else "failed"
-        log.seek(0)
+        log.seek(start)
         lines = [] if stops else log.read().decode(errors="replace").splitlines()[-10:]
         lines = [f"{cell.name}: {state}, exit code {code}, see {path}", *lines]
         print("\n    ".join(lines), flush=True)
@@ -210,6 +211,8 @@ def fitting():
 
 
 def main(cfg: Config):
+    if min(cfg.num_seeds - 1, cfg.seeds_per_run, cfg.updates, cfg.jobs) < 0:
+        raise SystemExit("--num-seeds must be at least 1, the other numbers at least 0.")
     cells, out = grid(cfg), Path(cfg.out).expanduser().resolve()
     if cfg.cell is not None:
         if not 0 <= cfg.cell < len(cells):
