@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from common import checkpoint, config, curve, interrupt
+from common import checkpoint, config, curve, devices, interrupt
 from common.boards import Boards
 from common.checkpoint import RunError
 from common.config import resolve
@@ -46,6 +46,7 @@ class Run:
 
     def __init__(self, cfg, data, window=""):
         config.agree(cfg, data, window)
+        devices.keep_programs()
         self.cfg, self.data, self.folder, self.step = cfg, data, Path(cfg.resume), 0
         self._console, self._lines, self._returns = Console(), [], {}
         self._seconds, self._speeds, self._stopping = 0.0, [], False
@@ -145,9 +146,9 @@ class Run:
         return f"{name} {x.mean():.1f}" + (f" +- {x.std():.1f}" if len(x) > 1 else "")
 
     def restore(self, state):
-        """`state` itself, or filled from the checkpoint when the run is a resumed one."""
+        """`state`, or filled from the checkpoint when the run is a resumed one; on all devices."""
         saved, self._saved = self._saved, None
-        return state if saved is None else checkpoint.fill(state, saved)
+        return devices.spread(state if saved is None else checkpoint.fill(state, saved))
 
     def steps(self):
         """Yields eval_every, 2 eval_every, ..., num_updates; resumed, those after the checkpoint.
