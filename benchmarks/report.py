@@ -1,12 +1,14 @@
 """Finished runs -> one JSON each under benchmarks/results/runs; of all of them, README's tables.
 
     python benchmarks/report.py runs/iql/... runs/cql/...   # adds these runs, then as below
-    python benchmarks/report.py                             # README's tables and curves.png
+    python benchmarks/report.py                             # README's tables and the pictures
 
-A run's JSON holds its command, config, commit, versions, device, curve and every return of its last
-evaluation. Intervals are 95 % bootstrap over seeds and episodes.
+A run's JSON holds its command, config, commit, versions, device, curve and the returns of every
+evaluation. score_runs.py merges and chooses runs, stats.py counts, score_tables.py and figures.py
+show.
 """
 
+import csv
 import json
 import sys
 from collections import defaultdict
@@ -18,7 +20,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))  # finds common/
-from common import curve  # noqa: E402
+from benchmarks import figures, score_tables, stats  # noqa: E402
+from benchmarks.score_runs import merge, together  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,30 @@ class Config:
     results: str = str(ROOT / "benchmarks/results")  # where everything goes
 
 
+def add(folder, results):
+    """Writes the run's JSON below `results`: its Path."""
+    run = collect(folder)
+    parts = run["algorithm"], run["dataset"].replace("/", "-"), folder.resolve().name
+    path = results / "runs" / ("-".join(parts) + ".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in run.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+    return path
+
+
 def collect(folder):
-    """What a run folder says of itself, as plain data."""
+    """What a run folder says of itself, as plain data.
+
+    evaluations: {updates: (S, E) returns to two decimals}; returns: the last one's in full; curve:
+    {updates: (S,) means}; seconds: {updates: of training and evaluating until then}.
+    """
     info = json.loads((folder / "config.json").read_text("utf-8"))
     returns = json.loads((folder / "returns.json").read_text("utf-8"))
     config, dataset = info["config"], info["dataset"]
     if str(config["num_updates"]) not in returns:
         raise SystemExit(f"{folder} has not finished: nothing at update {config['num_updates']:,}")
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["step"] in returns]
     made = dataset["metadata"].get("stillwater", {})
     words = [Path(info["command"][0]).name, *info["command"][1:]]
     if "--out" in words:  # says nothing but where the run folder was
@@ -51,69 +71,20 @@ def collect(folder):
             "ref_min": dataset["ref_min_score"],
             "ref_max": dataset["ref_max_score"],
             "policy_return": made.get("medium_policy_return"),
+            "source": whose(dataset),
         },
         "curve": {step: np.mean(x, 1).round(2).tolist() for step, x in returns.items()},
+        "seconds": {row["step"]: float(row["seconds"]) for row in rows},
+        "evaluations": {step: np.round(x, 2).tolist() for step, x in returns.items()},
         "returns": returns[str(config["num_updates"])],
     }
 
 
-def title(run):
-    """The algorithm with the options that make it another one."""
-    config = run["config"]
-    if run["algorithm"] == "cql" and config["alpha"] == 0:
-        return "SAC (cql --alpha 0)"
-    if run["algorithm"] == "diffuser":
-        return "Diffuser"
-    name = run["algorithm"].upper()
-    if run["algorithm"] == "bc" and config["fraction"] < 1:
-        name = f"{config['fraction']:.0%}BC"
-    if run["algorithm"] == "iql" and not config["normalize"]:
-        name += " --no-normalize"
-    if run["algorithm"] == "awac" and len(run["config"]["widths"]) > 2:
-        name += f", {len(run['config']['widths'])} layers"
-    return name + (f", beta {config['beta']:g}" if run["algorithm"] == "combo" else "")
-
-
-def merge(runs):
-    """Runs that differ in their seeds alone as one."""
-    groups = defaultdict(list)
-    for run in runs:
-        config = {k: v for k, v in run["config"].items() if k not in ("seed", "num_seeds")}
-        groups[run["algorithm"], run["dataset"], json.dumps(config)].append(run)
-    for group in groups.values():
-        curve = {t: sum((run["curve"][t] for run in group), []) for t in group[0]["curve"]}
-        yield group[0] | {"curve": curve, "returns": sum((run["returns"] for run in group), [])}
-
-
-def table(runs):
-    """Markdown: last evaluation against the data and against the policy that made it."""
-    names = [
-        "dataset",
-        "algorithm",
-        "updates",
-        "seeds x episodes",
-        "return [95 % interval]",
-        "score",
-    ]
-    names += ["data's mean return", "behaviour policy, sampled / greedy"]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for run in sorted(runs, key=lambda r: (r["dataset"], title(r))):
-        returns, data = np.array(run["returns"]), run["data"]
-        low, high = curve.interval(returns)
-        score = 100 * (returns.mean() - data["ref_min"]) / (data["ref_max"] - data["ref_min"])
-        policy = data["policy_return"]
-        cells = [
-            run["dataset"],
-            title(run),
-            f"{run['config']['num_updates']:,}",
-            "{} x {}".format(*returns.shape),
-            f"{returns.mean():.0f} [{low:.0f}, {high:.0f}]",
-            f"{score:.1f}",
-            f"{data['mean_return']:.0f}",
-            f"{policy['sampled']:.0f} / {policy['deterministic']:.0f}" if policy else "",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def whose(dataset):
+    """Whose data: our own (collect.py leaves its settings in them), D4RL's, or another's."""
+    if "stillwater" in dataset["metadata"]:
+        return "ours"
+    return "D4RL" if dataset["layout"] == "D4RL" and dataset["verified"] is not False else "other"
 
 
 def value_table(rows):
@@ -135,14 +106,12 @@ def peers_table(runs, peers):
         (low, high), name = peer["data"]["ref"], peer["data"]["name"]
         what = peer["algorithm"].upper(), name, peer["updates"]
         (ours,) = [
-            run["returns"]
-            for run in runs
-            if (title(run), run["dataset"], run["config"]["num_updates"]) == what
+            run["returns"] for run in runs if (run["title"], run["dataset"], run["updates"]) == what
         ]
         cells = []
         for returns in (ours, [peer["returns"][str(peer["updates"])]]):
             score = 100 * (np.array(returns) - low) / (high - low)
-            ends = "{:.1f}, {:.1f}".format(*curve.interval(score))
+            ends = "{:.1f}, {:.1f}".format(*stats.interval(stats.of_seeds(score)))
             seeds = f"{len(score)} seed{'s' * (len(score) > 1)}"
             cells.append(f"{score.mean():.1f} [{ends}], {seeds}")
         cells = [name, what[0], f"{what[2]:,}", cells[0], peer["peer"]["name"], cells[1]]
@@ -189,7 +158,7 @@ def planning_table(rows):
     names = ["dataset", "Diffuser's planner", "ms a step, 1 episode", "10 episodes", "score"]
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
-        low, high = curve.interval(np.array([row["scores"]]))
+        low, high = stats.interval(np.array([row["scores"]]))
         score = (
             f"{np.mean(row['scores']):.1f} [{low:.1f}, {high:.1f}], {len(row['scores'])} episodes"
         )
@@ -208,54 +177,32 @@ def stitching_table(runs):
     return "\n".join(lines) + "\n"
 
 
-def plot(runs, path):
-    """A panel for each dataset: return against updates, mean of the seeds and their range."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    panels = defaultdict(list)
-    for run in runs:
-        panels[run["dataset"]].append(run)
-    names = sorted({title(run) for run in runs})
-    colors = dict(zip(names, pyplot.get_cmap("tab20").colors, strict=False))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.4), squeeze=False)
-    for axis, (dataset, group) in zip(axes[0], sorted(panels.items()), strict=True):
-        for run in sorted(group, key=title):
-            x, y = np.array([*map(int, run["curve"])]), np.array([*run["curve"].values()])
-            axis.plot(x, y.mean(1), color=colors[title(run)], lw=2, label=title(run))
-            axis.fill_between(x, y.min(1), y.max(1), color=colors[title(run)], alpha=0.15, lw=0)
-        data = group[0]["data"]
-        axis.axhline(data["mean_return"], color="0.3", ls="--", lw=1.2, label="data's mean")
-        if data["policy_return"]:
-            policy = data["policy_return"]["deterministic"]
-            axis.axhline(policy, color="0.3", ls=":", lw=1.2, label="behaviour policy, greedy")
-        axis.set(title=dataset, xlabel="gradient updates", xscale="log")
-        axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-        axis.grid(color="0.9")
-        axis.spines[["top", "right"]].set_visible(False)
-        below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
-        axis.legend(frameon=False, fontsize=8, **below)
-    axes[0, 0].set_ylabel("return of an episode")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def main(cfg: Config):
-    results = Path(cfg.results)
-    (results / "runs").mkdir(parents=True, exist_ok=True)
-    for folder in map(Path, cfg.runs):
-        run = collect(folder)
-        parts = run["algorithm"], run["dataset"].replace("/", "-"), folder.resolve().name
-        name = "-".join(parts) + ".json"
-        (results / "runs" / name).write_text(json.dumps(run, indent=1) + "\n", "utf-8")
+def load(results):
+    """(merged runs, peers) of all that lies below `results`."""
     runs, peers = (
         [json.loads(path.read_text("utf-8")) for path in sorted((results / kind).glob("*.json"))]
         for kind in ("runs", "peers")
     )
-    runs = list(merge(runs))
+    for run in runs:
+        if run["data"]["ref_max"] is None:
+            print(f"left out, as nothing says which returns score 0 and 100: {run['command']}")
+    return list(merge(run for run in runs if run["data"]["ref_max"] is not None)), peers
+
+
+def draw(runs, source, results):
+    """The pictures of runs on one source's data."""
+    if runs:
+        figures.curves(runs, results / score_tables.picture("curves", source))
+    datasets, found, _ = together(runs)
+    if len(datasets) > 1 and found:
+        figures.profiles(datasets, found, results / score_tables.picture("profiles", source))
+
+
+def main(cfg: Config):
+    results = Path(cfg.results)
+    for folder in map(Path, cfg.runs):
+        add(folder, results)
+    runs, peers = load(results)
     if not runs:
         raise SystemExit(f"no runs in {results / 'runs'}")
     values, planning, stitching, parity, resume = (
@@ -263,7 +210,10 @@ def main(cfg: Config):
         for name in ("values", "planning", "stitching", "parity", "resume")
     )
     tables = {
-        "scores": table(runs),
+        "headline": score_tables.by_source(runs, score_tables.headline),
+        "scores": score_tables.by_source(runs, score_tables.long_table),
+        "aggregate": score_tables.by_source(runs, score_tables.aggregate),
+        "time": score_tables.by_source(runs, score_tables.time_table),
         "peers": peers_table(runs, peers),
         "parity": parity_table(parity),
         "resume": resume_table(resume["rows"]),
@@ -271,7 +221,8 @@ def main(cfg: Config):
         "planning": planning_table(planning),
         "stitching": stitching_table(stitching["runs"]),
     }
-    plot(runs, results / "curves.png")
+    for source in score_tables.SOURCES:
+        draw(score_tables.of_source(runs, source), source, results)
     readme = ROOT / "README.md"
     text = readme.read_text("utf-8")
     for mark, content in tables.items():

@@ -1,0 +1,128 @@
+"""Collected runs (see report.py) made ready for tables and figures: named, merged, chosen."""
+
+import json
+import re
+from collections import defaultdict
+
+import numpy as np
+
+NAMES = {  # algorithms in their standard setting; with other flags it is a variant
+    "bc": "BC",
+    "bc --fraction 0.1": "10%BC",
+    "awac": "AWAC",
+    "iql": "IQL",
+    "cql": "CQL",
+    "combo": "COMBO",
+    "dt": "DT",
+    "diffuser": "Diffuser",
+}
+STANDARD = tuple(NAMES.values())
+HOW_LONG = "env env-id seed num-seeds num-updates eval-every eval-episodes save-every".split()
+SHORT = {  # flags of the short budget (scores.py) and of its forerunners
+    "combo": "max-epochs actor-lr rho widths".split(),
+    "dt": ["warmup"],
+    "diffuser": "batch-size lr plan-every ddim-steps samples".split(),
+}
+ROBOTS = ("HalfCheetah", "Hopper", "Walker2d", "Ant")
+
+
+def title(run):
+    """The algorithm, and the flags that make it another one."""
+    name, words = run["algorithm"], run["command"].replace("=", " ")
+    skip = "|".join([*HOW_LONG, *SHORT.get(name, [])])
+    flags = re.findall(rf"--(?!(?:{skip})(?= |$))\S+(?: (?!--)\S+)*", words.replace("_", "-"))
+    full = " ".join([name, *flags])
+    if full == "cql --alpha 0":
+        return "SAC (cql --alpha 0)"
+    return NAMES.get(full) or " ".join([NAMES.get(name, name.upper()), *flags])
+
+
+def merge(runs):
+    """Runs that differ in their seeds alone as one, with what the tables and figures need.
+
+    Of two runs of one seed the later one counts. A seed that diverged is left out, and counted.
+    scores (S, E): of the last evaluation. curve: {updates: (S,) scores}. seconds: {updates: those
+    of training and evaluating until then, by the number of seeds}.
+    """
+    groups = defaultdict(list)
+    for run in runs:
+        config = {k: v for k, v in run["config"].items() if k not in ("seed", "num_seeds")}
+        what = run["algorithm"], run["dataset"], run["data"]["sha256"], json.dumps(config)
+        groups[what].append(run)
+    for group in groups.values():
+        seeds = {}
+        for run in group:
+            for i, returns in enumerate(run["returns"]):
+                seeds[run["config"]["seed"] + i] = (run, i, np.isfinite(returns).all())
+        found = [(run, i) for _, (run, i, finite) in sorted(seeds.items()) if finite]
+        if not found:
+            continue
+        last = group[-1]
+        returns = np.array([run["returns"][i] for run, i in found])
+        curve, seconds = {}, {}
+        for t in last["curve"]:
+            curve[int(t)] = score(last, np.array([run["curve"][t][i] for run, i in found]))
+            shares = [run["seconds"][t] / run["config"]["num_seeds"] for run, _ in found]
+            seconds[int(t)] = np.mean(shares)
+        yield last | {
+            **{"title": title(last), "updates": last["config"]["num_updates"]},
+            **{"returns": returns.tolist(), "scores": score(last, returns)},
+            **{"curve": curve, "seconds": seconds, "diverged": len(seeds) - len(found)},
+        }
+
+
+def behaviour(run):
+    """{name: return} of what a run learned from."""
+    data = run["data"]
+    policy = data["policy_return"] or {}
+    names = {"sampled": "behaviour policy, sampled", "deterministic": "behaviour policy, greedy"}
+    return {"data's mean": data["mean_return"]} | {names[k]: x for k, x in policy.items()}
+
+
+def score(run, x):
+    low, high = run["data"]["ref_min"], run["data"]["ref_max"]
+    return 100 * (x - low) / (high - low)
+
+
+def short(dataset):
+    return dataset.removeprefix("stillwater/").removesuffix("-v0")
+
+
+def chosen(runs):
+    """{(title, dataset): run} in standard settings; of two the longer, then that of more seeds."""
+    runs = sorted(runs, key=lambda run: (run["updates"], len(run["scores"])))
+    best = {(run["title"], run["dataset"]): run for run in runs if run["title"] in STANDARD}
+    return dict(sorted(best.items(), key=lambda item: (STANDARD.index(item[0][0]), item[0][1])))
+
+
+def moves(run):
+    """Whether the run is about locomotion."""
+    return run["env_id"].startswith(ROBOTS)
+
+
+def together(runs):
+    """(datasets, {title: runs}, titles): algorithms that have them all; those that do not.
+
+    The datasets: of locomotion, those that at least half of the algorithms have. Runs: one on each,
+    of equally many updates, as many as there are; seeds beyond the fewest on a dataset are cut off.
+    """
+    runs = [run for run in runs if moves(run) and run["title"] in STANDARD]
+    have = defaultdict(set)
+    for run in runs:
+        have[run["dataset"]].add(run["title"])
+    titles = sorted({run["title"] for run in runs}, key=STANDARD.index)
+    datasets = [name for name in sorted(have) if 2 * len(have[name]) >= len(titles)]
+    found = {}
+    for name in titles:
+        for updates in sorted({run["updates"] for run in runs}):
+            same = [run for run in runs if (run["title"], run["updates"]) == (name, updates)]
+            best = {dataset: run for (_, dataset), run in chosen(same).items()}
+            if all(dataset in best for dataset in datasets):
+                found[name] = [best[dataset] for dataset in datasets]
+    return datasets, found, [name for name in titles if name not in found]
+
+
+def matrix(runs):
+    """(K, S) scores of one algorithm on K datasets, each seed's the mean of its episodes."""
+    seeds = min(len(run["scores"]) for run in runs)
+    return np.array([run["scores"][:seeds].mean(1) for run in runs])

@@ -1,0 +1,141 @@
+"""The README's tables of scores, in Markdown, of merged runs (score_runs.py).
+
+Data of different sources never meet in a table: each is made of one source's runs. The numbers are
+those of stats.py.
+"""
+
+from collections import defaultdict
+
+import numpy as np
+
+from benchmarks import stats
+from benchmarks.score_runs import behaviour, chosen, matrix, moves, score, short, together
+from common.curve import iqm
+
+SOURCES = {  # of data, and what a table says of them
+    "ours": "our own data, collected by `benchmarks/collect.py`",
+    "D4RL": "D4RL's own data",
+    "other": "data of others",
+}
+MARKS = "° one seed: the interval is over its episodes. † preliminary, fewer than five seeds."
+
+
+def markdown(names, rows):
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
+
+
+def by_source(runs, write):
+    """`write` of the runs on each source's data, one after the other, each under its name."""
+    texts = {name: write(of_source(runs, name)) for name in SOURCES}
+    parts = [f"On {SOURCES[name]}:\n\n{text}" for name, text in texts.items() if text]
+    return "\n".join(parts)
+
+
+def of_source(runs, name):
+    return [run for run in runs if run["data"]["source"] == name]
+
+
+def picture(name, source):
+    """The file below results."""
+    return f"{name}.png" if source == "ours" else f"{name}-{source}.png"
+
+
+def link(label, name, runs):
+    return f"![{label}](benchmarks/results/{picture(name, runs[0]['data']['source'])})\n"
+
+
+def count(run):
+    """How many seeds, marked if too few."""
+    n, gone = len(run["scores"]), run["diverged"]
+    return f"{n}{' †' * (n < 5)}" + (f", {gone} diverged" if gone else "")
+
+
+def ends(run):
+    """The interval of a run's score, and its mark."""
+    low, high = stats.interval(stats.of_seeds(run["scores"]))
+    return low, high, "°" if len(run["scores"]) == 1 else ""
+
+
+def long_table(runs):
+    """Every algorithm, variant and budget, below what its data and their policy are worth."""
+    groups = defaultdict(list)
+    for run in sorted(runs, key=lambda run: (run["title"], run["updates"])):
+        groups[run["dataset"]].append(run)
+    rows = []
+    for dataset, group in sorted(groups.items()):
+        for name, x in behaviour(group[0]).items():
+            rows.append([dataset, f"*{name}*", "", "", f"{score(group[0], x):.1f}", "", f"{x:.0f}"])
+        for run in group:
+            (low, high, mark), mean = ends(run), run["scores"].mean()
+            seeds, episodes = run["scores"].shape
+            trimmed = iqm(run["scores"].mean(1))
+            size = count(run).replace(str(seeds), f"{seeds} x {episodes}", 1)
+            cells = [dataset, run["title"], f"{run['updates']:,}", size]
+            cells += [f"{mean:.1f} [{low:.1f}, {high:.1f}]{mark}", f"{trimmed:.1f}"]
+            rows.append([*cells, f"{np.mean(run['returns']):.0f}"])
+    names = ["dataset", "algorithm", "updates", "seeds x episodes", "score [95 % interval]"]
+    return markdown([*names, "IQM", "return"], rows) + f"\n{MARKS}\n" if rows else ""
+
+
+def headline(runs):
+    """A row an algorithm, a column a locomotion dataset: score +- half of the interval's width."""
+    best = chosen(filter(moves, runs))
+    if not best:
+        return ""
+    datasets = sorted({dataset for _, dataset in best})
+    level = {run["dataset"]: score(run, run["data"]["mean_return"]) for run in best.values()}
+    rows = [["*data's mean*", *(f"*{level[dataset]:.1f}*" for dataset in datasets), "", ""]]
+    for name in dict.fromkeys(name for name, _ in best):
+        found, cells = [best.get((name, dataset)) for dataset in datasets], []
+        for run in found:
+            low, high, mark = ends(run) if run else (0, 0, "")
+            half = f"{run['scores'].mean():.1f} ± {(high - low) / 2:.1f}" if run else "-"
+            cells.append(half + mark)
+        updates = [f"{run['updates']:,}" if run else "-" for run in found]
+        seeds = [count(run) if run else "-" for run in found]
+        same = [x[0] if len(set(x)) == 1 else " / ".join(x) for x in (updates, seeds)]
+        rows.append([name, *cells, *same])
+    names = ["score", *map(short, datasets), "updates", "seeds"]
+    return link("Learning curves", "curves", runs) + f"\n{markdown(names, rows)}\n{MARKS}\n"
+
+
+def aggregate(runs):
+    """Algorithms over all the datasets that most have."""
+    datasets, found, left_out = together(runs)
+    rows = []
+    for name, group in found.items():
+        x = matrix(group)
+        cells = [name, f"{group[0]['updates']:,}", f"{x.shape[1]}{' †' * (x.shape[1] < 5)}"]
+        for statistic in (np.mean, iqm):
+            text = " [{:.1f}, {:.1f}]".format(*stats.interval(x, statistic))
+            cells.append(f"{statistic(x):.1f}" + (text if x.shape[1] > 1 else ""))
+        rows.append(cells)
+    if len(datasets) < 2 or not rows:
+        return ""
+    names = ["algorithm", "updates on each", "seeds", "mean score [95 % interval]", "IQM [95 %]"]
+    words = f"Over {' and '.join(map(short, datasets))}. "
+    if left_out:
+        words += f"Not on each with equally many updates: {', '.join(left_out)}. "
+    text = f"\n{words}One seed: no interval. {MARKS.split('. ')[1]}\n\n"
+    return markdown(names, rows) + text + link("Performance profiles", "profiles", runs)
+
+
+def time_table(runs):
+    """When the mean score of the seeds comes to stay at that of the data's mean episode."""
+    best = chosen(runs)
+    datasets, rows = sorted({dataset for _, dataset in best}), []
+    for name in dict.fromkeys(name for name, _ in best):
+        cells = [name]
+        for dataset in datasets:
+            run = best.get((name, dataset))
+            if run is None:
+                cells.append("")
+                continue
+            steps, level = sorted(run["curve"]), score(run, run["data"]["mean_return"])
+            t = stats.time_to(level, steps, [run["curve"][step].mean() for step in steps])
+            at_most = "<= " * (t == steps[0])
+            minutes = f" ({run['seconds'][t] / 60:.1f})" if t else ""
+            cells.append(f"{at_most}{t:,}{minutes}" if t else f"not in {run['updates']:,}")
+        rows.append(cells)
+    return markdown(["updates (minutes)", *map(short, datasets)], rows) if best else ""
