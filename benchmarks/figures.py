@@ -7,7 +7,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot, ticker  # noqa: E402
 
 from benchmarks import stats  # noqa: E402
-from benchmarks.score_runs import STANDARD, behaviour, chosen, matrix, score, short  # noqa: E402
+from benchmarks.score_runs import STANDARD, behaviour, chosen, matrix, moves, score, short  # noqa: E402
 
 COLORS = "0.6 0.2 #e69f00 #0072b2 #d55e00 #cc79a7 #009e73 #56b4e9".split()  # Okabe and Ito's
 COLORS = dict(zip(STANDARD, COLORS, strict=True))
@@ -16,10 +16,19 @@ COLORS = dict(zip(STANDARD, COLORS, strict=True))
 def curves(runs, path):
     """A panel for each dataset: score against updates, mean of the seeds and their range."""
     best = chosen(runs)
-    datasets = sorted({dataset for _, dataset in best})
-    size = (4.1 * len(datasets) + 0.4, 4.2)
-    figure, axes = pyplot.subplots(1, len(datasets), figsize=size, sharey=True, squeeze=False)
-    for axis, dataset in zip(axes[0], datasets, strict=True):
+    about = {dataset: run for (_, dataset), run in best.items()}
+    datasets = sorted(about, key=lambda dataset: (not moves(about[dataset]), dataset))
+    rows = -(-len(datasets) // 3)
+    columns = -(-len(datasets) // rows)
+    size = {
+        "figsize": (4.1 * columns + 0.4, (4.2 if rows == 1 else 3.3) * rows),
+        "sharey": True,
+        "squeeze": False,
+    }
+    figure, axes = pyplot.subplots(rows, columns, **size)
+    for axis in axes.flat[len(datasets) :]:
+        axis.remove()
+    for axis, dataset in zip(axes.flat, datasets, strict=False):
         found = {name: run for (name, where), run in best.items() if where == dataset}
         for name, run in found.items():
             x, y = np.array(sorted(run["curve"])), [run["curve"][t] for t in sorted(run["curve"])]
@@ -28,15 +37,16 @@ def curves(runs, path):
             axis.plot(x, mean, color=COLORS[name], lw=1.8, **seeds)
             axis.plot(x[-1], mean[-1], "o", color=COLORS[name], ms=5)
             axis.fill_between(x, lows, highs, color=COLORS[name], alpha=0.15, lw=0)
-        levels = behaviour(run)
+        levels = behaviour(about[dataset])
         levels.pop("behaviour policy, sampled", None)
         for (_, level), style in zip(levels.items(), ("--", ":"), strict=False):
-            axis.axhline(score(run, level), color="k", ls=style, lw=1, zorder=1)
+            axis.axhline(score(about[dataset], level), color="k", ls=style, lw=1, zorder=1)
         axis.set_title(short(dataset), fontsize=11)
         axis.set(xlabel="gradient updates", xscale="log")
         axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         clean(axis)
-    axes[0, 0].set_ylabel("normalised score")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("normalised score")
     names = [name for name in STANDARD if any(name == found for found, _ in best)]
     lines = [pyplot.Line2D([], [], color=COLORS[name], lw=3, label=name) for name in names]
     for label, style in (("data's mean", "--"), ("behaviour policy, greedy", ":")):
@@ -57,13 +67,13 @@ def profiles(datasets, found, path):
         if x.shape[1] > 1:
             band = stats.profile_band(x, tau)
             axis.fill_between(tau, *band, color=COLORS[name], alpha=0.12, lw=0, step="pre")
-    axis.set(xlabel="normalised score tau", ylabel="share of runs above tau")
-    axis.set_title(" and ".join(map(short, datasets)), fontsize=11)
+    axis.set(xlabel="normalised score", ylabel="share of runs with a higher score")
+    axis.set_title(", ".join(map(short, datasets)), fontsize=11)
     axis.yaxis.set_major_formatter(ticker.PercentFormatter(1))
     clean(axis)
     lines = []
     for name, x in scores.items():
-        label = f"{name}, {found[name][0]['updates']:,} x {x.shape[1]}"
+        label = f"{name}, {x.shape[1]} x {found[name][0]['updates']:,} updates"
         lines.append(pyplot.Line2D([], [], color=COLORS[name], lw=3, label=label))
     finish(figure, lines, path)
 
@@ -76,7 +86,7 @@ def clean(axis):
 
 def finish(figure, lines, path):
     """Saves it with one legend below."""
-    columns = max(3, min(len(lines), int(figure.get_figwidth() / 1.7)))
+    columns = max(3, min(len(lines), int(figure.get_figwidth() / 2)))
     figure.tight_layout()
     below = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, frameon=False)
     figure.legend(handles=lines, fontsize=9.5, **below)

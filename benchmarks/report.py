@@ -23,6 +23,13 @@ sys.path.insert(1, str(ROOT))  # finds common/
 from benchmarks import figures, score_tables, stats  # noqa: E402
 from benchmarks.score_runs import merge, together  # noqa: E402
 
+SCORES = {  # marks in the README, and who writes there
+    "headline": score_tables.headline,
+    "scores": score_tables.long_table,
+    "aggregate": score_tables.aggregate,
+    "time": score_tables.time_table,
+}
+
 
 @dataclass(frozen=True)
 class Config:
@@ -210,10 +217,7 @@ def main(cfg: Config):
         for name in ("values", "planning", "stitching", "parity", "resume")
     )
     tables = {
-        "headline": score_tables.by_source(runs, score_tables.headline),
-        "scores": score_tables.by_source(runs, score_tables.long_table),
-        "aggregate": score_tables.by_source(runs, score_tables.aggregate),
-        "time": score_tables.by_source(runs, score_tables.time_table),
+        **{mark: score_tables.by_source(runs, write) for mark, write in SCORES.items()},
         "peers": peers_table(runs, peers),
         "parity": parity_table(parity),
         "resume": resume_table(resume["rows"]),

@@ -65,7 +65,8 @@ def merge(runs):
             shares = [run["seconds"][t] / run["config"]["num_seeds"] for run, _ in found]
             seconds[int(t)] = np.mean(shares)
         yield last | {
-            **{"title": title(last), "updates": last["config"]["num_updates"]},
+            "title": min(map(title, group), key=len),  # without defaults spelled out
+            "updates": last["config"]["num_updates"],
             **{"returns": returns.tolist(), "scores": score(last, returns)},
             **{"curve": curve, "seconds": seconds, "diverged": len(seeds) - len(found)},
         }

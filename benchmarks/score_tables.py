@@ -114,7 +114,7 @@ def aggregate(runs):
     if len(datasets) < 2 or not rows:
         return ""
     names = ["algorithm", "updates on each", "seeds", "mean score [95 % interval]", "IQM [95 %]"]
-    words = f"Over {' and '.join(map(short, datasets))}. "
+    words = f"Over {', '.join(map(short, datasets))}. "
     if left_out:
         words += f"Not on each with equally many updates: {', '.join(left_out)}. "
     text = f"\n{words}One seed: no interval. {MARKS.split('. ')[1]}\n\n"

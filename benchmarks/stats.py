@@ -38,6 +38,6 @@ def profile_band(x, tau, size=2000):
 
 def time_to(level, steps, scores):
     """The first of steps (T,) from which on scores (T,) stay at `level` or above; None: never."""
-    below = np.flatnonzero(np.asarray(scores) < level)
+    below = np.flatnonzero(~(np.asarray(scores) >= level))  # nan is below
     first = below[-1] + 1 if below.size else 0
     return steps[first] if first < len(steps) else None

@@ -1,23 +1,22 @@
-"""The README's tables are what the committed results say, and its commands exist."""
+"""The README's tables are what the committed results say; the statistics, counted another way."""
 
-import importlib.util
+import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
+import scipy.stats
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 RESULTS = ROOT / "benchmarks/results"
-
-
-def benchmark(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(1, str(ROOT))
+from benchmarks import report, score_runs, score_tables, scores, stats  # noqa: E402
+from common import curve  # noqa: E402
 
 
 def section(mark):
@@ -25,13 +24,9 @@ def section(mark):
 
 
 def test_the_readmes_tables_are_the_results():
-    report = benchmark("report")
-    runs, peers = (
-        [json.loads(path.read_text("utf-8")) for path in sorted((RESULTS / kind).glob("*.json"))]
-        for kind in ("runs", "peers")
-    )
-    runs = list(report.merge(runs))
-    assert section("scores") == report.table(runs)
+    runs, peers = report.load(RESULTS)
+    for mark, write in report.SCORES.items():
+        assert section(mark) == score_tables.by_source(runs, write)
     assert section("peers") == report.peers_table(runs, peers)
     parity = json.loads((RESULTS / "parity.json").read_text("utf-8"))
     assert section("parity") == report.parity_table(parity)
@@ -47,46 +42,91 @@ def test_the_readmes_tables_are_the_results():
 
 @pytest.mark.parametrize("path", sorted((RESULTS / "runs").glob("*.json")), ids=lambda p: p.stem)
 def test_a_result_can_be_traced(path):
-    """Command, commit and versions; the last point of the curve is the mean of the returns."""
+    """Command, commit and versions; curve, returns and evaluations are of the same numbers."""
     run = json.loads(path.read_text("utf-8"))
     assert re.fullmatch(r"python algorithms/\w+\.py.*", run["command"])
     assert re.fullmatch(r"[0-9a-f]{40}", run["commit"])
     assert {"jax", "gymnasium", "mujoco"} <= run["versions"].keys()
     last = run["curve"][str(run["config"]["num_updates"])]
     np.testing.assert_allclose(last, np.mean(run["returns"], 1), atol=0.01)
+    end = run["evaluations"][str(run["config"]["num_updates"])]
+    np.testing.assert_allclose(end, run["returns"], atol=0.0051)
+    assert run["evaluations"].keys() == run["curve"].keys() == run["seconds"].keys()
+    for step, means in run["curve"].items():
+        np.testing.assert_allclose(np.mean(run["evaluations"][step], 1), means, atol=0.011)
+    assert list(run["seconds"].values()) == sorted(run["seconds"].values())
+    assert run["data"]["source"] == "ours"
 
 
-def test_a_runs_numbers_in_the_table(tmp_path):
-    """Two seeds of two episodes: 10, 20, 30, 40; 0 and 100 score 0 and 100."""
+@pytest.fixture
+def folder(tmp_path):
+    """A finished run of two seeds of two episodes; 0 and 100 score 0 and 100."""
     folder = tmp_path / "runs/iql/a/1"
     folder.mkdir(parents=True)
     info = {
         "algorithm": "iql",
         "command": ["algorithms/iql.py", "--out", "x", "--seed", "1"],
-        "config": {"num_updates": 5, "normalize": True, "out": "x", "resume": "", "wandb": False},
+        "config": {"num_updates": 4, "seed": 1, "num_seeds": 2, "out": "x", "resume": ""},
         "dataset": {
-            **{"name": "n", "env_id": "E", "metadata": {}, "sha256": "0", "mean_return": 5.0},
-            **{"best_return": 9.0, "ref_min_score": 0.0, "ref_max_score": 100.0},
+            **{"name": "hopper-medium-v2", "env_id": "Hopper-v4", "metadata": {}, "sha256": "0"},
+            **{"layout": "D4RL", "verified": None, "mean_return": 15.0, "best_return": 90.0},
+            **{"ref_min_score": 0.0, "ref_max_score": 100.0},
         },
         **{"commit": "0" * 40, "versions": {}, "device": "CPU"},
     }
+    returns = {"2": [[1.234, 2.0], [3.0, 4.0]], "4": [[10.0, 20.0], [30.0, 40.004]]}
     (folder / "config.json").write_text(json.dumps(info))
-    (folder / "returns.json").write_text(json.dumps({"5": [[10.0, 20.0], [30.0, 40.0]]}))
-    report = benchmark("report")
-    run = report.collect(folder)
-    assert run["command"] == "python algorithms/iql.py --seed 1"
-    assert run["curve"] == {"5": [15.0, 35.0]}
-    cells = [cell.strip() for cell in report.table([run]).splitlines()[2].strip("|").split("|")]
-    assert cells[:4] == ["n", "IQL", "5", "2 x 2"]
-    assert cells[4].startswith("25 [")
-    low, high = map(int, re.findall(r"\d+", cells[4])[1:])
-    assert 10 <= low < 25 < high <= 40
-    assert cells[5:7] == ["25.0", "5"]
+    (folder / "returns.json").write_text(json.dumps(returns))
+    rows = ["step,seed,score,seconds,speed"]
+    rows += [f"{t},{seed},0,{60 * t},1" for t in (1, 2, 3, 4) for seed in (1, 2)]
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+    return folder
 
+
+def test_a_run_is_collected(folder, tmp_path):
+    path = report.add(folder, tmp_path / "results")
+    assert path == tmp_path / "results/runs/iql-hopper-medium-v2-1.json"
+    run = json.loads(path.read_text("utf-8"))
+    assert run == report.collect(folder)
+    assert run["command"] == "python algorithms/iql.py --seed 1"
+    assert run["curve"] == {"2": [1.62, 3.5], "4": [15.0, 35.0]}
+    assert run["evaluations"]["2"] == [[1.23, 2.0], [3.0, 4.0]]
+    assert run["returns"] == [[10.0, 20.0], [30.0, 40.004]]
+    assert run["seconds"] == {"2": 120.0, "4": 240.0}
+    info = json.loads((folder / "config.json").read_text())
     info["config"]["num_updates"] = 6
     (folder / "config.json").write_text(json.dumps(info))
     with pytest.raises(SystemExit, match="not finished"):
         report.collect(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "source"),
+    [
+        ({}, "D4RL"),
+        ({"verified": True}, "D4RL"),
+        ({"verified": False}, "other"),  # under D4RL's name, but not its file
+        ({"layout": "HDF5"}, "other"),
+        ({"layout": "Minari"}, "other"),
+        ({"layout": "Minari", "metadata": {"stillwater": {}}}, "ours"),
+    ],
+)
+def test_whose_data(change, source):
+    assert report.whose({"layout": "D4RL", "verified": None, "metadata": {}} | change) == source
+
+
+def test_a_runs_numbers_in_the_tables(folder):
+    """Seeds 15 and 35: the interval of two is from one to the other, of one its episodes'."""
+    (run,) = score_runs.merge([report.collect(folder)])
+    *_, row, _, _ = score_tables.long_table([run]).splitlines()
+    assert row == "| hopper-medium-v2 | IQL | 4 | 2 x 2 † | 25.0 [15.0, 35.0] | 25.0 | 25 |"
+    assert "| IQL | 25.0 ± 10.0 | 4 | 2 † |" in score_tables.headline([run]).splitlines()
+    assert score_tables.time_table([run]).endswith("| IQL | 4 (2.0) |\n")  # of each seed
+    one = run | {"scores": run["scores"][:1]}
+    assert "| 1 x 2 † | 15.0 [10.0, 20.0]° | 15.0 |" in score_tables.long_table([one])
+    assert score_tables.MARKS in score_tables.long_table([one])
+    five = run | {"scores": np.tile(run["scores"], (3, 1))[:5], "diverged": 1}
+    assert "| 5 x 2, 1 diverged |" in score_tables.long_table([five])
 
 
 def test_the_readmes_files_exist():
@@ -105,18 +145,199 @@ def test_the_readme_counts_lines_truly():
     assert {name: int(lines) for name, lines in counted} == files
 
 
+def made(algorithm="awac", dataset="n", updates=5, seed=0, scores=((10.0,),), **change):
+    """A collected run with these last scores (S, E), as it lies in results/runs."""
+    means = np.mean(scores, 1).tolist()
+    config = {"num_updates": updates, "seed": seed, "num_seeds": len(scores)}
+    data = {"mean_return": 5.0, "policy_return": None, "sha256": "0", "source": "ours"}
+    return {
+        **{"algorithm": algorithm, "dataset": dataset, "env_id": "Hopper-v5", "config": config},
+        "command": f"python algorithms/{algorithm}.py --env {dataset} --num-updates {updates}",
+        "data": data | {"ref_min": 0.0, "ref_max": 100.0},
+        **{"curve": {str(updates): means}, "seconds": {str(updates): 60.0}},
+        "returns": [list(x) for x in scores],
+    } | change
+
+
+def test_seeds_of_several_runs_are_merged():
+    """Of two runs of a seed the later counts; other updates, data or settings are other runs."""
+    one = made(seed=0, scores=[[10.0, 10.0], [11.0, 11.0]])
+    two = made(seed=1, scores=[[20.0, 20.0], [30.0, 30.0]])
+    two["command"] += " --batch-size 256"  # the default
+    long, other = made(updates=9), made(data=made()["data"] | {"sha256": "1"})
+    merged, *others = score_runs.merge([one, two, long, other])
+    assert len(others) == 2
+    np.testing.assert_array_equal(merged["scores"], [[10, 10], [20, 20], [30, 30]])
+    np.testing.assert_array_equal(merged["curve"][5], [10, 20, 30])
+    assert merged["seconds"][5] == 30  # two seeds a run
+    assert merged["title"] == "AWAC"
+
+
+def test_a_diverged_seed_is_left_out_and_counted():
+    (run,) = score_runs.merge([made(scores=[[10.0, 20.0], [np.nan, np.nan], [30.0, 40.0]])])
+    np.testing.assert_array_equal(run["scores"], [[10, 20], [30, 40]])
+    np.testing.assert_array_equal(run["curve"][5], [15, 35])
+    assert run["diverged"] == 1
+    assert not list(score_runs.merge([made(scores=[[np.nan]])]))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "flags", "name"),
+    [
+        ("iql", "--num-seeds 3 --num-updates=50 --eval_every 5", "IQL"),
+        ("iql", "--no-normalize --num-seeds 3", "IQL --no-normalize"),
+        ("awac", "--widths 256 256 256 --seed 1", "AWAC --widths 256 256 256"),
+        ("combo", "--widths 256 256 --beta 5", "COMBO --beta 5"),
+        ("cql", "--alpha 0 --env x", "SAC (cql --alpha 0)"),
+        ("cql", "--alpha 0 --max-backup", "CQL --alpha 0 --max-backup"),
+        ("bc", "--fraction=0.1", "10%BC"),
+        ("bc", "--fraction 0.5", "BC --fraction 0.5"),
+        ("dt", "--targets 1500 800", "DT --targets 1500 800"),
+    ],
+)
+def test_a_variant_is_named(algorithm, flags, name):
+    command = f"python algorithms/{algorithm}.py {flags}"
+    assert score_runs.title({"algorithm": algorithm, "command": command}) == name
+
+
+def test_the_grids_settings_are_standard():
+    for budget in scores.BUDGETS.values():
+        for (name, flags), title in zip(budget.items(), budget, strict=True):
+            algorithm = scores.FILES.get(name, name)
+            run = {"algorithm": algorithm, "command": f"python algorithms/{algorithm}.py {flags}"}
+            assert score_runs.title(run).upper() == title.upper()
+
+
+def grid_of_runs():
+    """IQL on a and b, at length on a alone; CQL, of one seed, on a alone; a variant; a maze."""
+    variant = made("iql", "a", scores=[[99.0]])
+    variant["command"] += " --tau 0.9"
+    variant["config"]["tau"] = 0.9
+    runs = [
+        made("iql", "a", scores=[[10.0], [20.0]]),
+        made("iql", "b", scores=[[40.0], [70.0], [0.0]]),
+        made("iql", "a", 9, scores=[[30.0], [30.0]]),
+        made("bc", "a", scores=[[1.0], [1.0]]),
+        made("bc", "b", scores=[[3.0], [3.0]]),
+        made("cql", "a", scores=[[7.0, 9.0]]),
+        made("iql", "maze", env_id="PointMaze_UMaze-v3"),
+        variant,
+    ]
+    return list(score_runs.merge(runs))
+
+
+def test_the_headline_takes_the_longer_run():
+    lines = score_tables.headline(grid_of_runs()).splitlines()
+    assert lines[2:8] == [
+        "| score | a | b | updates | seeds |",
+        "|---|---|---|---|---|",
+        "| *data's mean* | *5.0* | *5.0* |  |  |",
+        "| BC | 1.0 ± 0.0 | 3.0 ± 0.0 | 5 | 2 † |",
+        "| IQL | 30.0 ± 0.0 | 36.7 ± 35.0 | 9 / 5 | 2 † / 3 † |",
+        "| CQL | 8.0 ± 1.0° | - | 5 / - | 1 † / - |",
+    ]
+
+
+def test_the_aggregate_is_of_equal_budgets_on_all_datasets():
+    """Of IQL two seeds each, 10, 20 and 40, 70: mean 35, middle half 20, 40."""
+    lines = score_tables.aggregate(grid_of_runs()).splitlines()
+    assert lines[2:4] == [
+        "| BC | 5 | 2 † | 2.0 [2.0, 2.0] | 2.0 [2.0, 2.0] |",
+        "| IQL | 5 | 2 † | 35.0 [25.0, 45.0] | 30.0 [25.0, 45.0] |",
+    ]
+    assert "Over a, b. Not on each with equally many updates: CQL." in lines[5]
+    assert score_tables.aggregate([run for run in grid_of_runs() if run["dataset"] == "a"]) == ""
+
+
+def test_sources_never_meet(tmp_path):
+    """D4RL's runs: tables and pictures of their own; those of ours are as without them."""
+    ours = grid_of_runs()
+    theirs = [run | {"data": run["data"] | {"source": "D4RL"}} for run in grid_of_runs()]
+    for write in report.SCORES.values():
+        alone, both = (score_tables.by_source(runs, write) for runs in (ours, ours + theirs))
+        assert both.startswith(alone + "\nOn D4RL's own data:")
+        assert alone.startswith("On our own data, collected by `benchmarks/collect.py`:")
+    for runs in (ours, theirs):
+        report.draw(runs, runs[0]["data"]["source"], tmp_path)
+    sizes = {path.name: matplotlib.image.imread(path).shape for path in tmp_path.iterdir()}
+    assert sizes.keys() == {f"{x}{y}.png" for x in ("curves", "profiles") for y in ("", "-D4RL")}
+    assert min(min(shape[:2]) for shape in sizes.values()) > 400
+    assert "(benchmarks/results/curves-D4RL.png)" in score_tables.headline(theirs)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 30])
+def test_the_interquartile_mean(n):
+    x = np.random.default_rng(n).normal(size=n)
+    np.testing.assert_allclose(curve.iqm(x), scipy.stats.trim_mean(x, 0.25), rtol=1e-12)
+
+
+def every_resample(x):
+    """All equally likely (K, S) resamples of x: within each dataset, every choice of seeds."""
+    rows = [list(itertools.product(row, repeat=len(row))) for row in x]
+    return np.array(list(itertools.product(*rows)))
+
+
+@pytest.mark.parametrize("statistic", [np.mean, curve.iqm])
+def test_the_bootstrap_against_every_resample(statistic):
+    """Two datasets, three seeds each: 27 x 27 resamples, whose shares the drawn ones must have."""
+    x = np.array([[1.0, 2.0, 4.0], [108.0, 116.0, 132.0]])
+    exact = np.sort([statistic(y) for y in every_resample(x)])
+    drawn = np.sort([statistic(y) for y in stats.resamples(x, 20_000)])
+    assert set(np.round(drawn, 9)) <= set(np.round(exact, 9))
+    shares = [np.searchsorted(v, exact + 1e-9) / len(v) for v in (exact, drawn)]
+    np.testing.assert_allclose(*shares, atol=0.011)  # three deviations of a share of 20,000
+    low, high = np.percentile(exact, [2.5, 97.5])
+    np.testing.assert_allclose(stats.interval(x, statistic), (low, high), atol=0.35)
+
+
+def test_the_bootstrap_against_scipys():
+    """scipy draws within each of several samples, too."""
+    x = np.random.default_rng(0).normal([[50], [0]], [[10], [3]], (2, 12))
+
+    def mean(a, b, axis):
+        return (a.mean(axis) + b.mean(axis)) / 2
+
+    options = {"method": "percentile", "n_resamples": 20_000, "rng": 1}
+    theirs = scipy.stats.bootstrap(list(x), mean, **options).confidence_interval
+    np.testing.assert_allclose(stats.interval(x), theirs, atol=0.1)
+
+
+def test_the_interval_of_two_or_three_seeds_is_their_range():
+    """As the docstring of stats.py says; of four it is not."""
+    for n in (2, 3):
+        assert tuple(stats.interval(np.arange(n, dtype=float)[None])) == (0, n - 1)
+    low, high = stats.interval(np.arange(4.0)[None])
+    assert 0 < low < high < 3
+
+
+def test_the_score_of_a_seed_is_its_mean():
+    x = np.array([[0.0, 10.0], [20.0, 40.0]])
+    np.testing.assert_array_equal(stats.of_seeds(x), [[5, 30]])
+    np.testing.assert_array_equal(stats.of_seeds(x[:1]), [[0, 10]])  # one seed: its episodes
+
+
+def test_performance_profiles():
+    """Counted one by one; the band against that of every resample."""
+    x, tau = np.array([[1.0, 2.0], [2.0, 5.0]]), np.array([0.0, 1.0, 2.0, 4.9, 5.0])
+    np.testing.assert_array_equal(stats.profile(x, tau), [1, 0.75, 0.25, 0.25, 0])
+    shares = [[np.mean([score > t for score in y.ravel()]) for t in tau] for y in every_resample(x)]
+    exact = np.percentile(shares, [2.5, 97.5], axis=0)
+    np.testing.assert_array_equal(stats.profile_band(x, tau), exact)
+
+
+def test_time_to_a_score():
+    steps = [10, 20, 30, 40]
+    assert stats.time_to(5, steps, [1, 6, 4, 5]) == 40  # 6 at 20 did not last
+    assert stats.time_to(5, steps, [1, 2, 5, 9]) == 30
+    assert stats.time_to(5, steps, [5, 6, 7, 8]) == 10
+    assert stats.time_to(5, steps, [9, 9, 9, 4]) is None
+    assert stats.time_to(5, steps, [9, 9, 9, np.nan]) is None
+
+
 def test_a_peers_score_stands_beside_ours_of_as_many_updates():
     """Seeds 0 and 1 of ours came in two runs; a third had more updates."""
-    report = benchmark("report")
-    one = {
-        **{"algorithm": "awac", "dataset": "n", "curve": {"5": [10.0]}, "returns": [[10.0, 10.0]]},
-        "config": {"num_updates": 5, "seed": 0, "num_seeds": 1, "widths": [8, 8]},
-    }
-    two = one | {"config": one["config"] | {"seed": 1}, "returns": [[20.0, 20.0]]}
-    long = one | {"config": one["config"] | {"num_updates": 9}, "returns": [[99.0, 99.0]]}
-    runs = list(report.merge([one, two, long]))
-    assert [run["returns"] for run in runs] == [[[10.0, 10.0], [20.0, 20.0]], [[99.0, 99.0]]]
-    assert runs[0]["curve"] == {"5": [10.0, 10.0]}
+    one, two = made(scores=[[10.0, 10.0]]), made(seed=1, scores=[[20.0, 20.0]])
+    runs = list(score_runs.merge([one, two, made(updates=9, scores=[[99.0, 99.0]])]))
     peer = {"algorithm": "awac", "peer": {"name": "them"}, "updates": 5, "seed": 0}
     peer |= {"data": {"name": "n", "ref": [0.0, 50.0]}, "returns": {"5": [25.0, 25.0]}}
     row = report.peers_table(runs, [peer]).splitlines()[2]
