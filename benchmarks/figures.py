@@ -9,8 +9,10 @@ from matplotlib import pyplot, ticker  # noqa: E402
 from benchmarks import stats  # noqa: E402
 from benchmarks.score_runs import STANDARD, behaviour, chosen, matrix, moves, score, short  # noqa: E402
 
-COLORS = "0.6 0.2 #e69f00 #0072b2 #d55e00 #cc79a7 #009e73 #56b4e9".split()  # Okabe and Ito's
-COLORS = dict(zip(STANDARD, COLORS, strict=True))
+OKABE_ITO = "0.6 0.2 #e69f00 #0072b2 #d55e00 #cc79a7 #009e73 #56b4e9".split()
+COLORS = dict(zip(STANDARD, OKABE_ITO, strict=True))
+LEVELS = {"data's mean": "--", "behaviour policy, greedy": ":"}
+DASHES = {True: "-", False: (0, (3, 1))}  # more than one seed; one
 
 
 def curves(runs, path):
@@ -20,12 +22,8 @@ def curves(runs, path):
     datasets = sorted(about, key=lambda dataset: (not moves(about[dataset]), dataset))
     rows = -(-len(datasets) // 3)
     columns = -(-len(datasets) // rows)
-    size = {
-        "figsize": (4.1 * columns + 0.4, (4.2 if rows == 1 else 3.3) * rows),
-        "sharey": True,
-        "squeeze": False,
-    }
-    figure, axes = pyplot.subplots(rows, columns, **size)
+    size = 4.1 * columns + 0.4, (4.2 if rows == 1 else 3.3) * rows
+    figure, axes = pyplot.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
     for axis in axes.flat[len(datasets) :]:
         axis.remove()
     for axis, dataset in zip(axes.flat, datasets, strict=False):
@@ -33,14 +31,13 @@ def curves(runs, path):
         for name, run in found.items():
             x, y = np.array(sorted(run["curve"])), [run["curve"][t] for t in sorted(run["curve"])]
             lows, highs, mean = np.min(y, 1), np.max(y, 1), np.mean(y, 1)
-            seeds = {"ls": "-" if len(y[0]) > 1 else (0, (3, 1))}
-            axis.plot(x, mean, color=COLORS[name], lw=1.8, **seeds)
+            axis.plot(x, mean, color=COLORS[name], lw=1.8, ls=DASHES[len(y[0]) > 1])
             axis.plot(x[-1], mean[-1], "o", color=COLORS[name], ms=5)
             axis.fill_between(x, lows, highs, color=COLORS[name], alpha=0.15, lw=0)
         levels = behaviour(about[dataset])
-        levels.pop("behaviour policy, sampled", None)
-        for (_, level), style in zip(levels.items(), ("--", ":"), strict=False):
-            axis.axhline(score(about[dataset], level), color="k", ls=style, lw=1, zorder=1)
+        for name in LEVELS.keys() & levels:
+            y = score(about[dataset], levels[name])
+            axis.axhline(y, color="k", ls=LEVELS[name], lw=1, zorder=1)
         axis.set_title(short(dataset), fontsize=11)
         axis.set(xlabel="gradient updates", xscale="log")
         axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
@@ -49,9 +46,11 @@ def curves(runs, path):
         axis.set_ylabel("normalised score")
     names = [name for name in STANDARD if any(name == found for found, _ in best)]
     lines = [pyplot.Line2D([], [], color=COLORS[name], lw=3, label=name) for name in names]
-    for label, style in (("data's mean", "--"), ("behaviour policy, greedy", ":")):
-        lines.append(pyplot.Line2D([], [], color="k", ls=style, lw=1, label=label))
-    lines.append(pyplot.Line2D([], [], color="0.5", ls=(0, (3, 1)), lw=1.8, label="one seed"))
+    for label, style in LEVELS.items():
+        if any(label in behaviour(run) for run in best.values()):
+            lines.append(pyplot.Line2D([], [], color="k", ls=style, lw=1, label=label))
+    if any(len(run["scores"]) == 1 for run in best.values()):
+        lines.append(pyplot.Line2D([], [], color="0.5", ls=DASHES[False], lw=1.8, label="one seed"))
     finish(figure, lines, path)
 
 
@@ -62,8 +61,8 @@ def profiles(datasets, found, path):
     every = np.concatenate([x.ravel() for x in scores.values()])
     tau = np.linspace(min(0, every.min()) - 1, every.max() + 3, 400)
     for name, x in scores.items():
-        seeds = {"ls": "-" if x.shape[1] > 1 else (0, (3, 1))}
-        axis.step(tau, stats.profile(x, tau), color=COLORS[name], lw=1.8, **seeds)
+        line = {"color": COLORS[name], "lw": 1.8, "ls": DASHES[x.shape[1] > 1]}
+        axis.step(tau, stats.profile(x, tau), **line)
         if x.shape[1] > 1:
             band = stats.profile_band(x, tau)
             axis.fill_between(tau, *band, color=COLORS[name], alpha=0.12, lw=0, step="pre")

@@ -17,7 +17,7 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "diffuser": "Diffuser",
 }
 STANDARD = tuple(NAMES.values())
-HOW_LONG = "env env-id seed num-seeds num-updates eval-every eval-episodes save-every".split()
+HOW_LONG = "env env-id out seed num-seeds num-updates eval-every eval-episodes save-every".split()
 SHORT = {  # flags of the short budget (scores.py) and of its forerunners
     "combo": "max-epochs actor-lr rho widths".split(),
     "dt": ["warmup"],

@@ -17,7 +17,7 @@ SOURCES = {  # of data, and what a table says of them
     "D4RL": "D4RL's own data",
     "other": "data of others",
 }
-MARKS = "° one seed: the interval is over its episodes. † preliminary, fewer than five seeds."
+MARKS = "° one seed: interval and IQM are over its episodes. † preliminary, fewer than five seeds."
 
 
 def markdown(names, rows):
@@ -45,10 +45,9 @@ def link(label, name, runs):
     return f"![{label}](benchmarks/results/{picture(name, runs[0]['data']['source'])})\n"
 
 
-def count(run):
-    """How many seeds, marked if too few."""
-    n, gone = len(run["scores"]), run["diverged"]
-    return f"{n}{' †' * (n < 5)}" + (f", {gone} diverged" if gone else "")
+def count(n, gone=0, each=""):
+    """How many seeds, marked if too few, and how many diverged."""
+    return f"{n}{each}{' †' * (n < 5)}" + (f", {gone} diverged" if gone else "")
 
 
 def ends(run):
@@ -69,8 +68,8 @@ def long_table(runs):
         for run in group:
             (low, high, mark), mean = ends(run), run["scores"].mean()
             seeds, episodes = run["scores"].shape
-            trimmed = iqm(run["scores"].mean(1))
-            size = count(run).replace(str(seeds), f"{seeds} x {episodes}", 1)
+            trimmed = iqm(stats.of_seeds(run["scores"]))
+            size = count(seeds, run["diverged"], f" x {episodes}")
             cells = [dataset, run["title"], f"{run['updates']:,}", size]
             cells += [f"{mean:.1f} [{low:.1f}, {high:.1f}]{mark}", f"{trimmed:.1f}"]
             rows.append([*cells, f"{np.mean(run['returns']):.0f}"])
@@ -93,7 +92,7 @@ def headline(runs):
             half = f"{run['scores'].mean():.1f} ± {(high - low) / 2:.1f}" if run else "-"
             cells.append(half + mark)
         updates = [f"{run['updates']:,}" if run else "-" for run in found]
-        seeds = [count(run) if run else "-" for run in found]
+        seeds = [count(len(run["scores"]), run["diverged"]) if run else "-" for run in found]
         same = [x[0] if len(set(x)) == 1 else " / ".join(x) for x in (updates, seeds)]
         rows.append([name, *cells, *same])
     names = ["score", *map(short, datasets), "updates", "seeds"]
@@ -106,7 +105,8 @@ def aggregate(runs):
     rows = []
     for name, group in found.items():
         x = matrix(group)
-        cells = [name, f"{group[0]['updates']:,}", f"{x.shape[1]}{' †' * (x.shape[1] < 5)}"]
+        gone = sum(run["diverged"] for run in group)
+        cells = [name, f"{group[0]['updates']:,}", count(x.shape[1], gone)]
         for statistic in (np.mean, iqm):
             text = " [{:.1f}, {:.1f}]".format(*stats.interval(x, statistic))
             cells.append(f"{statistic(x):.1f}" + (text if x.shape[1] > 1 else ""))
