@@ -52,11 +52,13 @@ def on_ray(cfg, count):
     def task(line, here):
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         child = subprocess.Popen(line, cwd=here, **pipe)
-        try:
-            return child.communicate()[0], child.returncode
-        except KeyboardInterrupt:  # ray.cancel
-            child.terminate()
-            return child.communicate()[0], child.returncode
+        while True:
+            try:  # ray.cancel is heard between two waits
+                return child.communicate(timeout=1)[0], child.returncode
+            except subprocess.TimeoutExpired:
+                pass
+            except KeyboardInterrupt:
+                child.terminate()
 
     ray.init(None if cfg.ray == "local" else cfg.ray, log_to_driver=False)
     have = ray.cluster_resources()
