@@ -1,0 +1,136 @@
+"""Other people's updates, for speed_peers.py to time: a file for each peer, and what they share.
+
+A file has PEER, what it is, and CASES, {case: rows(checkout, world)}, where rows are generated one
+at a time: what is timed, at which sizes, and a loop. `world` is the environment with its data. Runs
+in the peer's environment; needs NumPy alone.
+
+Sizes are made equal where the peer has a setting for them; what a row was timed at stands in it:
+"widths" of the hidden layers ("actor_widths", if others), critics, actions per row in the sum that
+CQL and COMBO push down. An evaluation, a plan, a rollout is one update.
+"""
+
+import importlib.util
+import itertools
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest.mock import MagicMock
+
+import numpy as np
+
+OBS, ACTION, EPISODES, LENGTH = 17, 6, 100, 1000  # halfcheetah's
+BATCH = dict(batch=256, obs=OBS, action=ACTION)
+TWO, THREE = [256] * 2, [256] * 3
+MODEL = dict(members=7, elites=5, widths=[200] * 4)
+DYNAMICS = MODEL | BATCH
+ROLLOUT = dict(starts=50_000, steps=5, policy_widths=THREE, **MODEL)
+DT = dict(batch=64, context=20, width=128, layers=3, heads=1, obs=OBS, action=ACTION)
+EVALUATION = dict(episodes=10, widths=TWO)
+HORIZON, DIFFUSION_STEPS = 32, 20
+MULTIPLES = (1, 2, 4, 8), (1, 4, 8)  # the authors' at horizon 32; those of halfcheetah, there at 4
+
+
+class Row(NamedTuple):
+    what: str
+    sizes: dict
+    updates: int  # of a chunk
+    loop: Callable  # loop(tick) never ends, and calls tick() after every chunk
+
+
+def repeat(step, updates, wait=lambda: None):
+    """A loop of chunks of `updates` calls of step(), then wait()."""
+
+    def loop(tick):
+        while True:
+            for _ in range(updates):
+                step()
+            wait()
+            tick()
+
+    return loop
+
+
+def every(updates, tick):
+    """To be called, with anything, after each update: tick() after each `updates` of them."""
+    count = itertools.count(1)
+    return lambda *_, **__: next(count) % updates or tick()
+
+
+def diffuser_sizes(multiples, **more):
+    sizes = dict(horizon=HORIZON, width=32, multiples=list(multiples), obs=OBS, action=ACTION)
+    return sizes | dict(diffusion_steps=DIFFUSION_STEPS) | more
+
+
+# --- In place of D4RL, old Gym, and what is for logging and settings only ---
+
+
+def without(*names):
+    """Puts an empty module in the place of each of these."""
+    for name in names:
+        sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
+
+
+def module(checkout, path):
+    """A single file of a checkout as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(checkout) / path)
+    sys.modules[spec.name] = found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+class World:
+    """HalfCheetah with the interface of Gym before 0.26, and noise as D4RL's arrays of it."""
+
+    def __init__(self):
+        self.env = None
+        self.observation_space = SimpleNamespace(shape=(OBS,))
+        bounds = dict(low=-np.ones(ACTION, np.float32), high=np.ones(ACTION, np.float32))
+        self.action_space = SimpleNamespace(shape=(ACTION,), seed=self.seed, **bounds)
+
+    def get_dataset(self):
+        rng, n = np.random.default_rng(0), EPISODES * LENGTH
+        obs = rng.normal(size=(EPISODES, LENGTH + 1, OBS)).astype(np.float32)
+        return dict(
+            observations=obs[:, :-1].reshape(n, OBS),
+            next_observations=obs[:, 1:].reshape(n, OBS),
+            actions=rng.uniform(-0.95, 0.95, (n, ACTION)).astype(np.float32),
+            rewards=rng.normal(size=n).astype(np.float32),
+            terminals=np.zeros(n, np.float32),
+            timeouts=np.arange(n) % LENGTH == LENGTH - 1,
+        )
+
+    def seed(self, seed):
+        pass
+
+    def get_normalized_score(self, score):
+        return score
+
+    def reset(self):
+        if self.env is None:
+            import gymnasium
+
+            self.env = gymnasium.make("HalfCheetah-v5")
+        self.info = {"episode": {"return": 0.0, "length": 0}}
+        return self.env.reset()[0].astype(np.float32)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        self.info["episode"]["return"] += reward
+        self.info["episode"]["length"] += 1
+        return obs.astype(np.float32), reward, terminated or truncated, self.info
+
+
+def prepare():
+    """The stand-ins that more than one peer needs; returns the environment."""
+    without("gym", "d4rl", "pyrallis", "wandb", "tyro", "omegaconf")
+    gym, world = sys.modules["gym"], World()
+    gym.make = lambda name: world
+    gym.wrappers.TransformObservation = lambda env, function: env
+    gym.wrappers.TransformReward = lambda env, function: env
+    sys.modules["d4rl"].qlearning_dataset = lambda env: env.get_dataset()
+    sys.modules["pyrallis"].wrap = lambda: lambda function: function
+    sys.modules["omegaconf"].OmegaConf.from_cli = dict
+    return world
