@@ -17,7 +17,7 @@ from benchmarks import scores, scores_cluster  # noqa: E402
 
 PENDULUM = "stillwater/pendulum/medium-v0"
 FLAGS = "--eval-every 500 --eval-episodes 1 --widths 8"
-GRID = ["--algorithms", "bc", "10%bc", "--num-seeds=2", "--updates=15000", f"--flags={FLAGS}"]
+GRID = ["--algorithms", "bc", "10%bc", "--num-seeds=2", "--updates=9000", f"--flags={FLAGS}"]
 GRID += ["--datasets", PENDULUM]
 WITH_FAILURES = [*GRID, "nowhere.hdf5"]
 
@@ -28,7 +28,7 @@ def command(*words, out, background=False):
     line += ["--out", str(out), "--results", str(out / "results")]
     kind = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     if background:
-        return subprocess.Popen(line, **kind)
+        return subprocess.Popen(line, start_new_session=True, **kind)
     done = subprocess.run(line, **kind)
     return done.returncode, done.stdout
 
@@ -68,8 +68,8 @@ def test_a_grid_lands_and_a_failure_is_reported(grid):
     assert text.count(": done in ") == 2
     runs = [json.loads((folder / "config.json").read_text())["config"] for folder in folders(out)]
     assert sorted((run["fraction"], run["num_updates"], run["seed"]) for run in runs) == [
-        (0.1, 15_000, 0),
-        (1.0, 15_000, 0),
+        (0.1, 9_000, 0),
+        (1.0, 9_000, 0),
     ]
     results = [json.loads(x.read_text("utf-8")) for x in out.glob("results/runs/*.json")]
     assert sorted(result["config"]["fraction"] for result in results) == [0.1, 1.0]
@@ -113,12 +113,12 @@ def test_a_dry_run_says_the_command(grid, capsys, tmp_path):
     for folder in folders(grid[0]):  # a copy where one run has only a checkpoint, the other nothing
         new = tmp_path / folder.relative_to(grid[0])
         shutil.copytree(folder, new)
-        (new / "returns.json").write_text('{"14500": [[0.0], [0.0]]}')
+        (new / "returns.json").write_text('{"8500": [[0.0], [0.0]]}')
     full, tenth = sorted(folders(tmp_path), key=fraction, reverse=True)
     shutil.rmtree(full / "checkpoint")
     shutil.rmtree(full / "checkpoint.old")
     scores.main(parse([*GRID, "--dry-run"], tmp_path))
-    flags = f"--env {PENDULUM} --num-updates 15000 --eval-every 1500 {FLAGS}"
+    flags = f"--env {PENDULUM} --num-updates 9000 --eval-every 900 {FLAGS}"
     assert capsys.readouterr().out.splitlines() == [
         f"missing      python algorithms/bc.py {flags} --seed 0 --num-seeds 2 --out {tmp_path}",
         f"partly done  python algorithms/bc.py --resume {tenth}",
@@ -141,14 +141,16 @@ def test_stopped_it_saves_and_a_job_array_ends_it_as_if_it_had_not_been(grid, tm
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that are in its group
     text, _ = process.communicate()
     assert process.returncode == 130, text
     assert text.endswith("Stopped. The same command goes on.\n")
-    assert "stopped, exit code 130" in text  # by itself, having saved
+    assert "stopped, exit code 130" in text
+    (log,) = out.glob("logs/10%bc-*.log")
+    assert "Stopped. Saved up to step" in log.read_text()  # and not: at once
     assert not list(out.glob("results/runs/*"))
     (folder,) = folders(out)
-    assert 1 < len(numbers(folder)) < 61, "too late: nothing was interrupted"
+    assert 1 < len(numbers(folder)) < 37, "too late: nothing was interrupted"
 
     scores.main(parse([*GRID, f"--slurm={script}"], out))
     assert "#SBATCH --array=0-1\n" in script.read_text()
