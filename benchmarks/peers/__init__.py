@@ -29,8 +29,8 @@ DYNAMICS = MODEL | BATCH
 ROLLOUT = dict(starts=50_000, steps=5, policy_widths=THREE, **MODEL)
 DT = dict(batch=64, context=20, width=128, layers=3, heads=1, obs=OBS, action=ACTION)
 EVALUATION = dict(episodes=10, widths=TWO)
-HORIZON, DIFFUSION_STEPS = 32, 20
-MULTIPLES = (1, 2, 4, 8), (1, 4, 8)  # the authors' at horizon 32; those of halfcheetah, there at 4
+MULTIPLES = {32: (1, 2, 4, 8), 4: (1, 4, 8)}  # of Diffuser's authors, by horizon; 4: halfcheetah
+DIFFUSION_STEPS = 20
 
 
 class Row(NamedTuple):
@@ -59,9 +59,10 @@ def every(updates, tick):
     return lambda *_, **__: next(count) % updates or tick()
 
 
-def diffuser_sizes(multiples, **more):
-    sizes = dict(horizon=HORIZON, width=32, multiples=list(multiples), obs=OBS, action=ACTION)
-    return sizes | dict(diffusion_steps=DIFFUSION_STEPS) | more
+def diffuser_sizes(horizon, **more):
+    """Without attention."""
+    sizes = dict(horizon=horizon, width=32, multiples=list(MULTIPLES[horizon]))
+    return sizes | dict(obs=OBS, action=ACTION, diffusion_steps=DIFFUSION_STEPS) | more
 
 
 # --- In place of D4RL, old Gym, and what is for logging and settings only ---
@@ -85,7 +86,7 @@ class World:
     """HalfCheetah with the interface of Gym before 0.26, and noise as D4RL's arrays of it."""
 
     def __init__(self):
-        self.env = None
+        self.env, self.name = None, "halfcheetah-medium-v2"
         self.observation_space = SimpleNamespace(shape=(OBS,))
         bounds = dict(low=-np.ones(ACTION, np.float32), high=np.ones(ACTION, np.float32))
         self.action_space = SimpleNamespace(shape=(ACTION,), seed=self.seed, **bounds)

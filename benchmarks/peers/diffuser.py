@@ -8,10 +8,11 @@ import tempfile
 from functools import partial
 from types import ModuleType
 
+import numpy as np
+
 from benchmarks.peers import (
     ACTION,
     DIFFUSION_STEPS,
-    HORIZON,
     LENGTH,
     MULTIPLES,
     OBS,
@@ -28,10 +29,10 @@ PEER = dict(
 )
 
 
-def rows(multiples, checkout, world):
+def rows(horizon, checkout, world):
     import torch
 
-    int = int  # as it was called then
+    np.int = int  # noqa: NPY001, as it was called then
     for name in "environments", *(f"utils.{x}" for x in ("rendering", "setup", "config", "colab")):
         sys.modules[f"diffuser.{name}"] = ModuleType(name)
     without("scipy", "scipy.interpolate", "scipy.spatial", "scipy.spatial.transform")
@@ -41,11 +42,11 @@ def rows(multiples, checkout, world):
 
     training.batch_to_device = lambda batch: batch  # there is no GPU
     common = dict(
-        env=world, horizon=HORIZON, normalizer="GaussianNormalizer", max_path_length=LENGTH
+        env=world, horizon=horizon, normalizer="GaussianNormalizer", max_path_length=LENGTH
     )
     windows = datasets.SequenceDataset(**common)
     returns = datasets.ValueDataset(discount=0.99, termination_penalty=-100, **common)
-    nets, sizes = (HORIZON, OBS + ACTION, OBS, 32, multiples), (HORIZON, OBS, ACTION)
+    nets, sizes = (horizon, OBS + ACTION, OBS, 32, MULTIPLES[horizon]), (horizon, OBS, ACTION)
     how = dict(loss_type="l2", predict_epsilon=False, action_weight=10)
     model = models.GaussianDiffusion(models.TemporalUnet(*nets), *sizes, DIFFUSION_STEPS, **how)
     value = models.ValueFunction(*nets)
@@ -59,12 +60,12 @@ def rows(multiples, checkout, world):
         steps = dict(diffuser_model=fit_model, diffuser_value=fit_value)
         steps["diffuser"] = lambda: (fit_model(), fit_value())
         for what, step in steps.items():
-            yield Row(what, diffuser_sizes(multiples, batch=32), 5, repeat(step, 5))
+            yield Row(what, diffuser_sizes(horizon, batch=32), 5, repeat(step, 5))
 
     how = dict(sample_fn=sampling.n_step_guided_p_sample, guide=sampling.ValueGuide(value))
     how |= dict(n_guide_steps=2, scale=0.1, t_stopgrad=2, scale_grad_by_std=True, verbose=False)
     plan = partial(model, {0: torch.zeros(64, OBS)}, **how)
-    yield Row("plan", diffuser_sizes(multiples, samples=64, guide_steps=2), 1, repeat(plan, 1))
+    yield Row("plan", diffuser_sizes(horizon, samples=64, guide_steps=2), 1, repeat(plan, 1))
 
 
-CASES = {"-".join(map(str, multiples)): partial(rows, multiples) for multiples in MULTIPLES}
+CASES = {f"horizon_{horizon}": partial(rows, horizon) for horizon in MULTIPLES}
