@@ -10,10 +10,10 @@ expectile of Q(s, a) over the data's actions stands in for max_a Q(s, a).
 Run: python algorithms/iql.py --env halfcheetah-medium-v2 --num-seeds 4
 
 As the authors' code, not the paper: Q_target is the smaller of two target critics, the exponential
-is clipped at 100, the policy learns against the new V. Differs from the authors' code: LeCun for
-orthogonal initialisation; observations are standardised; the data's own next_obs, so that rows at
-time limits count; actions of the data are not clipped. On Adroit and the kitchen theirs also has
-dropout of 0.1. Otherwise the updates are theirs (benchmarks/parity).
+is clipped at 100, the policy learns against the new V. Differs from the authors' code: PyTorch's
+initialisation for an orthogonal one; observations are standardised; the data's own next_obs, so
+that rows at time limits count; actions of the data are not clipped. On Adroit and the kitchen
+theirs also has dropout of 0.1. Otherwise the updates are theirs (benchmarks/parity).
 """
 
 import sys
@@ -70,6 +70,20 @@ class Config:
     shift_reward: float | None = None  # added to every reward; None: PAPER, else 0
 
 
+class Dense(nn.Module):
+    """x W^T + b, as PyTorch has it: its initialisation, and W (out, in), so that no gradient of W
+    has to be transposed, which would be a sixth of an update on a CPU."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x):
+        bound = x.shape[-1] ** -0.5
+        uniform = partial(jax.random.uniform, minval=-bound, maxval=bound)
+        w = self.param("kernel", uniform, (self.width, x.shape[-1]))
+        return x @ w.T + self.param("bias", uniform, (self.width,))
+
+
 class MLP(nn.Module):
     widths: tuple[int, ...]
     out: int
@@ -77,8 +91,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         for width in self.widths:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(self.out)(x)
+            x = nn.relu(Dense(width)(x))
+        return Dense(self.out)(x)
 
 
 class Actor(nn.Module):

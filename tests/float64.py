@@ -22,7 +22,7 @@ def f64(tree):
     return jax.tree.map(lambda x: np.array(x, np.float64), tree)
 
 
-def scramble(params, seed, scale=0.4):
+def scramble(params, seed, scale=0.6):
     """Parameters moved off their start, so that no bias is 0 and no two networks are equal."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x + jnp.float32(scale * rng.normal(size=x.shape)), params)
@@ -31,7 +31,7 @@ def scramble(params, seed, scale=0.4):
 def mlp(params, x):
     """Dense_0, relu, Dense_1, relu, ..., Dense_n in numpy."""
     for i in range(len(params)):
-        x = x @ params[f"Dense_{i}"]["kernel"] + params[f"Dense_{i}"]["bias"]
+        x = x @ params[f"Dense_{i}"]["kernel"].T + params[f"Dense_{i}"]["bias"]
         x = np.maximum(x, 0) if i < len(params) - 1 else x
     return x
 

@@ -270,7 +270,7 @@ def test_without_beta_it_is_bc(state, batch):
 
 
 def test_critics_start_apart_and_the_target_with_them(fresh):
-    kernel = fresh.critic.params["params"]["MLP_0"]["Dense_0"]["kernel"]  # (2, 5, 8)
+    kernel = fresh.critic.params["params"]["MLP_0"]["Dense_0"]["kernel"]  # (2, 8, 5)
     assert not np.any(np.isclose(kernel[0], kernel[1]))
     chex.assert_trees_all_equal(fresh.target, fresh.critic.params)
 

@@ -146,7 +146,7 @@ def double(tree):
 def net(layers, x, activation):
     count = sum(name.startswith("Dense") for name in layers)
     for i in range(count):
-        x = x @ layers[f"Dense_{i}"]["kernel"] + layers[f"Dense_{i}"]["bias"]
+        x = x @ layers[f"Dense_{i}"]["kernel"].T + layers[f"Dense_{i}"]["bias"]
         x = activation(x) if i < count - 1 else x
     return x
 
@@ -229,7 +229,7 @@ def test_the_bounds_of_the_variance_are_pulled_together_and_each_members_own():
     assert fit.dynamics.params["params"]["upper"].shape == (cfg.num_members, 3)
     p = dict(member(fit.dynamics.params, 0)["params"])
     mean_only = {
-        "kernel": p["Dense_2"]["kernel"] * (np.arange(6) < 3),
+        "kernel": p["Dense_2"]["kernel"] * (np.arange(6) < 3)[:, None],
         "bias": p["Dense_2"]["bias"],
     }
     p |= {
@@ -642,6 +642,8 @@ def heard(loss, *args):
             return action, log_prob
 
     def uniform(*args, **kwargs):
+        if kwargs["maxval"] != 1:  # a layer's bound: flax looks at the shape of its weights
+            return draw(*args, **kwargs)
         uniforms.append(draw(*args, **kwargs))
         return uniforms[-1]
 

@@ -20,7 +20,7 @@ Departures of ours, put out of play from outside:
 Actions are small, so that the 1e-6 in their log-density of tanh counts for nothing; the model's
 inputs are wide, so that neither does the 1e-6 that we add to their std; no minibatch is partial.
 
-Weights: their Linear layers hold our kernels transposed, EnsembleLinear as they are; their two
+Weights: their Linear layers hold our kernels as they are, EnsembleLinear transposed; their two
 critics are our members 0 and 1 on axis 0; their last layers stand beside the backbone, the policy's
 as one for the mean and one for the log std, ours is the MLP's last.
 """
@@ -148,14 +148,14 @@ class Columns:
         for i, layer in enumerate(self.hidden):
             to_linear(layer, mlp[f"Dense_{i}"])
         final = mlp[f"Dense_{len(self.hidden)}"]
-        parts = tree_map(lambda x: np.split(x, len(self.last), -1), final)
+        parts = tree_map(lambda x: np.split(x, len(self.last), 0), final)
         for i, layer in enumerate(self.last):
             to_linear(layer, {name: x[i] for name, x in parts.items()})
 
     def read(self, grad):
         mlp = {f"Dense_{i}": from_linear(layer, grad) for i, layer in enumerate(self.hidden)}
         parts = [from_linear(layer, grad) for layer in self.last]
-        mlp[f"Dense_{len(self.hidden)}"] = tree_map(lambda *x: np.concatenate(x, -1), *parts)
+        mlp[f"Dense_{len(self.hidden)}"] = tree_map(lambda *x: np.concatenate(x), *parts)
         return mlp
 
 
@@ -301,7 +301,7 @@ def ensemble(params, scaler):
     )  # fmt: skip
     layers = {f"Dense_{i}": x for i, x in enumerate([*model.backbones, model.output_layer])}
     for name, layer in layers.items():
-        layer.weight.data = torch.tensor(params[name]["kernel"])
+        layer.weight.data = torch.tensor(params[name]["kernel"].swapaxes(-1, -2).copy())
         layer.bias.data = torch.tensor(params[name]["bias"][:, None])
     model.max_logvar = torch.nn.Parameter(torch.tensor(params["upper"][:, None]))
     model.min_logvar = torch.nn.Parameter(torch.tensor(params["lower"][:, None]))
@@ -311,7 +311,7 @@ def ensemble(params, scaler):
             return (x.grad if grad else x.data).numpy().copy()
 
         tree = {
-            name: {"kernel": one(layer.weight), "bias": one(layer.bias)[:, 0]}
+            name: {"kernel": one(layer.weight).swapaxes(-1, -2), "bias": one(layer.bias)[:, 0]}
             for name, layer in layers.items()
         }
         return tree | {"upper": one(model.max_logvar)[:, 0], "lower": one(model.min_logvar)[:, 0]}

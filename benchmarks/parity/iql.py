@@ -116,23 +116,31 @@ def theirs(inputs, checkout):
         "critic": critic.update_q(keeping(learner.critic), learner.value, *args),
     }
     for name, (model, info) in models.items():
-        gradient = back[name](model.opt_state)
+        gradient = turned(back[name](model.opt_state))
         out |= {f"{name} loss": info[f"{name}_loss"], f"{name} gradient": gradient}
 
     infos = [learner.update(batch) for batch in b]
     for name in models:
         out[f"{name} loss of 3 updates"] = np.array([info[f"{name}_loss"] for info in infos])
-        out[f"{name} after 3 updates"] = back[name](getattr(learner, name).params)
-    return out | {"target after 3 updates": from_critic(learner.target_critic.params)}
+        out[f"{name} after 3 updates"] = turned(back[name](getattr(learner, name).params))
+    return out | {"target after 3 updates": turned(from_critic(learner.target_critic.params))}
 
 
 def load(model, params):
     """Their Model with these parameters; they must have the structure of its own."""
     from flax.core import freeze
 
+    params = turned(params)
     shapes = [{k: np.shape(x) for k, x in flatten(p).items()} for p in (model.params, params)]
     assert shapes[0] == shapes[1]
     return model.replace(params=freeze(params))
+
+
+def turned(tree):
+    """The same tree with every kernel transposed: ours are (out, in), theirs (in, out)."""
+    if not hasattr(tree, "items"):
+        return tree
+    return {k: np.swapaxes(x, -1, -2) if k == "kernel" else turned(x) for k, x in tree.items()}
 
 
 def to_actor(params):

@@ -1,20 +1,18 @@
-"""Weights of our Dense layers into torch's Linears and back: kernel (in, out), weight (out, in)."""
-
-import numpy as np
+"""Weights of our Dense layers into torch's Linears and back; a kernel is (out, in), as there."""
 
 
 def to_linear(layer, dense):
-    """Writes a Dense, kernel (in, out), into a torch Linear, weight (out, in)."""
+    """Writes a Dense into a torch Linear."""
     import torch
 
-    layer.weight.data = torch.tensor(np.ascontiguousarray(dense["kernel"].T))
+    layer.weight.data = torch.tensor(dense["kernel"])
     layer.bias.data = torch.tensor(dense["bias"])
 
 
 def from_linear(layer, grad=False):
     """The inverse of `to_linear`, for the parameters or for their gradients."""
     weight, bias = (x.grad if grad else x.data for x in (layer.weight, layer.bias))
-    return {"kernel": weight.numpy().T.copy(), "bias": bias.numpy().copy()}
+    return {"kernel": weight.numpy().copy(), "bias": bias.numpy().copy()}
 
 
 def to_mlp(layers, params):
