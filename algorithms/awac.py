@@ -14,9 +14,10 @@ Settings of the trusted port (CORL, github.com/tinkoff-ai/CORL): the smaller of 
 exponential clipped at 100; three hidden layers; beta is 1 / lambda. Differs from it: the mean is a
 tanh and std at least e^-5, as in the JAX port (ikostrikov's jaxrl, which also normalises the
 weights over the batch); the data's own next_obs, so that rows at time limits count. Otherwise the
-updates are the port's (benchmarks/parity). The authors' code (rlkit) is further from the paper's equations: weights are a
-softmax over the batch, without a clip; the policy learns against the Q of before its step; std lies
-between e^-6 and 1; a' is not clipped; weight decay on a policy of four layers.
+updates are the port's (benchmarks/parity). The authors' code (rlkit) is further from the paper's
+equations: weights are a softmax over the batch, without a clip; the policy learns against the Q of
+before its step; std lies between e^-6 and 1; a' is not clipped; weight decay on a policy of four
+layers.
 """
 
 import sys

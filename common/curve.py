@@ -3,11 +3,16 @@
 import numpy as np
 
 
+def units(x):
+    """What x (S, E) has to be counted: each seed's mean of its episodes; of one seed, these."""
+    return x.mean(1) if len(x) > 1 else x[0]
+
+
 def interval(x, size=2000):
-    """(low, high): 95 % bootstrap interval of the mean of x (S, E), seeds drawn, then episodes."""
-    rng, (s, e) = np.random.default_rng(0), x.shape
-    seeds, episodes = rng.integers(s, size=(size, s, 1)), rng.integers(e, size=(size, s, e))
-    return np.percentile(x[seeds, episodes].mean((1, 2)), [2.5, 97.5])
+    """(low, high): 95 % bootstrap interval of the mean of x (S, E), its `units` redrawn."""
+    x = units(x)
+    drawn = np.random.default_rng(0).integers(len(x), size=(size, len(x)))
+    return np.percentile(x[drawn].mean(1), [2.5, 97.5])
 
 
 def iqm(x):
@@ -19,7 +24,7 @@ def iqm(x):
 def summary(x):
     """Words for the outcomes x (S, E) of E episodes of S seeds."""
     (low, high), (s, e) = interval(x), x.shape
-    parts = f"IQM {iqm(x):.1f}, 95 % interval {low:.1f} to {high:.1f}"
+    parts = f"IQM {iqm(units(x)):.1f}, 95 % interval {low:.1f} to {high:.1f}"
     return f"{x.mean():.1f} ({parts}, {s} seed{'s' * (s > 1)} x {e} episode{'s' * (e > 1)})"
 
 

@@ -22,7 +22,7 @@ def f64(tree):
     return jax.tree.map(lambda x: np.array(x, np.float64), tree)
 
 
-def scramble(params, seed, scale=0.6):
+def scramble(params, seed, scale=0.4):
     """Parameters moved off their start, so that no bias is 0 and no two networks are equal."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x + jnp.float32(scale * rng.normal(size=x.shape)), params)

@@ -19,7 +19,7 @@ from common.datasets import Batch
 
 CFG = awac.Config(
     widths=(8, 8), batch_size=16, num_updates=1000, eval_every=100, lr=1e-2, polyak=0.1,
-    gamma=0.9, num_samples=3, beta=2.0, max_weight=3.0,
+    gamma=0.9, num_samples=3, beta=2.0, max_weight=1.1,
 )  # fmt: skip
 KEY = jax.random.key(0)
 B, A = 16, 2

@@ -343,7 +343,7 @@ def test_each_critic_is_penalised_by_itself(member, state, batch):
 
 def test_a_step_on_the_penalty_opens_the_gap_in_each_network(state, batch):
     grads = penalty_gradient(state, batch, CFG)
-    params = jax.tree.map(lambda p, g: p - 1e-3 * g, state.critic.params, grads)
+    params = jax.tree.map(lambda p, g: p - 1e-2 * g, state.critic.params, grads)
     _, k_propose = jax.random.split(KEY)
     action, log_density = cql.propose(state, batch, k_propose, CFG)
     action, log_density, b = f64(action), f64(log_density), f64(batch)

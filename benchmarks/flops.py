@@ -1,0 +1,179 @@
+"""The matrix products that an update cannot do without, counted by hand from the papers' equations.
+
+    total(iql(cfg, 17, 6))  # FLOPs of one update of IQL with 17 observations and 6 actions
+
+A product is (rows, inner, columns); most functions return {product: how many}. Counted is each
+network, forward, once for every input that a loss needs, and of the gradients those from which
+something learns. Not counted: activations, optimisers, random numbers, gathers, and what an
+implementation computes twice or throws away. tests/test_speed.py sets the sums beside XLA's own
+count of a compiled update.
+"""
+
+from collections import Counter
+
+
+def total(products):
+    """FLOPs of all of them: a multiplication and an addition each."""
+    return sum(2 * m * k * n * count for (m, k, n), count in products.items())
+
+
+def times(count, products):
+    return Counter({shape: count * n for shape, n in products.items()})
+
+
+def mlp(rows, *sizes):
+    """The layers of a network, as [(rows, inputs, outputs)]."""
+    return [(rows, i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+
+
+def forward(layers):
+    return Counter(layers)
+
+
+def to_inputs(layers):
+    """Forward, and the gradient of the inputs alone."""
+    return Counter(layers) + Counter((rows, o, i) for rows, i, o in layers)
+
+
+def learn(layers, inputs=False):
+    """Forward, and the gradient of the weights; inputs: of the first layer's inputs, too."""
+    weights = Counter((i, rows, o) for rows, i, o in layers)
+    through = Counter((rows, o, i) for rows, i, o in layers[0 if inputs else 1 :])
+    return Counter(layers) + weights + through
+
+
+# --- Actors and critics ---
+
+
+def bc(cfg, obs, action):
+    return learn(mlp(cfg.batch_size, obs, *cfg.widths, action))
+
+
+def iql(cfg, obs, action):
+    b = cfg.batch_size
+    v, q, pi = (mlp(b, *x) for x in widths(cfg, obs, action, action))
+    values = forward(v) + learn(v) + forward(v)  # V(s'), L_V, the new V(s)
+    return values + times(2, forward(q) + learn(q)) + learn(pi)  # the targets', L_Q
+
+
+def awac(cfg, obs, action):
+    b = cfg.batch_size
+    _, q, pi = (mlp(b, *x) for x in widths(cfg, obs, action, action))
+    _, own, _ = (mlp(b * cfg.num_samples, *x) for x in widths(cfg, obs, action, action))
+    critics = forward(q) + learn(q) + forward(q) + forward(own)  # target's, L_Q, new Q(s, a), V(s)
+    return times(2, critics) + forward(pi) + learn(pi)  # at s'; at s, which serves V(s), too
+
+
+def widths(cfg, obs, action, out):
+    """Sizes of V, Q and the policy."""
+    return (obs, *cfg.widths, 1), (obs + action, *cfg.widths, 1), (obs, *cfg.widths, out)
+
+
+def conservative(cfg, obs, action, rows):
+    """CQL and COMBO; rows: where the penalty is taken."""
+    b, n = cfg.batch_size, cfg.num_actions
+    _, q, pi = (mlp(b, *x) for x in widths(cfg, obs, action, 2 * action))
+    _, penalised, _ = (mlp(b + 3 * n * rows, *x) for x in widths(cfg, obs, action, 2 * action))
+    improvement = learn(pi) + times(2, to_inputs(q))
+    return improvement + forward(pi) + times(2, forward(q) + learn(penalised))  # at s'; the targets
+
+
+def cql(cfg, obs, action):
+    return conservative(cfg, obs, action, cfg.batch_size)
+
+
+def combo(cfg, obs, action):
+    real = int(cfg.real_fraction * cfg.batch_size)
+    rows = cfg.batch_size - real if cfg.rho == "model" else cfg.batch_size
+    return conservative(cfg, obs, action, rows)
+
+
+# --- A model of the environment ---
+
+
+def dynamics(cfg, obs, action):
+    """One minibatch for every member."""
+    member = mlp(cfg.batch_size, obs + action, *cfg.model_widths, 2 * (obs + 1))
+    return times(cfg.num_members, learn(member))
+
+
+def rollout(cfg, obs, action):
+    """For each row and step the policy, and the one elite that was drawn."""
+    policy = mlp(cfg.rollout_batch, obs, *cfg.widths, 2 * action)
+    rows = cfg.rollout_batch // cfg.num_elites
+    elite = mlp(rows, obs + action, *cfg.model_widths, 2 * (obs + 1))
+    return times(cfg.horizon, forward(policy) + times(cfg.num_elites, forward(elite)))
+
+
+# --- Sequences ---
+
+
+def dt(cfg, obs, action):
+    """The last block's state tokens alone lead to an action: only they ask, and go on."""
+    b, k, w, t = cfg.batch_size, cfg.context, cfg.width, 3 * cfg.context
+    products, layers = Counter(), mlp(b * k, w, action)
+    for block in range(cfg.layers):
+        asking = k if block == cfg.layers - 1 else t
+        layers += [(b * asking, w, w), (b * t, w, 2 * w)]  # queries; keys and values
+        layers += mlp(b * asking, w, w) + mlp(b * asking, w, 4 * w, w)
+        part, heads = w // cfg.heads, b * cfg.heads
+        score = [(asking, part, t), (asking, t, part), (t, asking, part)]  # and its gradients
+        value = [(asking, t, part), (asking, part, t), (t, asking, part)]
+        products += times(heads, Counter(score + value))
+    embed = (learn(mlp(b * k, size, w)) for size in (1, obs, action))
+    return sum(embed, products + learn(layers, inputs=True))
+
+
+def block(rows, length, inner, out, width):
+    """The layers of Diffuser's residual block on `rows` trajectories."""
+    past = [] if inner == out else mlp(rows * length, inner, out)
+    convolutions = [(rows * length, 5 * inner, out), (rows * length, 5 * out, out)]
+    return convolutions + mlp(rows, width, out) + past
+
+
+def unet(cfg, rows, channels):
+    """The layers of the network that denoises."""
+    w, length, inner = cfg.width, cfg.horizon, channels
+    sizes = [w * m for m in cfg.multiples]
+    layers = mlp(rows, w, 4 * w, w)
+    for level, size in enumerate(sizes):
+        if level:
+            length //= 2
+            layers += [(rows * length, 3 * inner, inner)]
+        layers += block(rows, length, inner, size, w) + block(rows, length, size, size, w)
+        inner = size
+    layers += 2 * block(rows, length, inner, inner, w)
+    for beside, size in zip(sizes[:0:-1], sizes[-2::-1], strict=True):
+        layers += block(rows, length, inner + beside, size, w) + block(rows, length, size, size, w)
+        layers += [(rows * length, 3 * size, 2 * size)]
+        length, inner = 2 * length, size
+    return layers + [(rows * length, 5 * inner, w), (rows * length, w, channels)]
+
+
+def value_net(cfg, rows, channels):
+    """The layers of the network that tells the return."""
+    w, length, inner = cfg.width, cfg.horizon, channels
+    layers = mlp(rows, w, 4 * w, w)
+    for size in (w * m for m in cfg.multiples):
+        layers += block(rows, length, inner, size, w) + block(rows, length, size, size, w)
+        length, inner = (length + 1) // 2, size
+        layers += [(rows * length, 3 * size, size)]
+    for size in (inner // 2, inner // 4):
+        layers += block(rows, length, inner, size, w)
+        length, inner = (length + 1) // 2, size
+        layers += [(rows * length, 3 * size, size)]
+    flat = length * inner
+    return layers + mlp(rows, flat + w, flat // 2, 1)
+
+
+def diffuser(cfg, obs, action):
+    nets = [unet] if cfg.goal else [unet, value_net]
+    return sum((learn(net(cfg, cfg.batch_size, obs + action)) for net in nets), Counter())
+
+
+def plan(cfg, obs, action):
+    """A guided plan for one episode."""
+    model, value = (net(cfg, cfg.samples, obs + action) for net in (unet, value_net))
+    guided = max(cfg.diffusion_steps - cfg.guide_stop, 0) * cfg.guide_steps
+    guide = times(guided, to_inputs(value)) + forward(value)
+    return times(cfg.diffusion_steps, forward(model)) + guide

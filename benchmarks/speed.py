@@ -1,0 +1,248 @@
+"""How fast is an update, and how near to what the machine can do?
+
+    python benchmarks/speed.py                            # all rows, half an hour or so
+    python benchmarks/speed.py --only iql cql --seeds 1   # some of them
+
+Every row is a process of its own, with its own compilation and peak memory: data of HalfCheetah,
+the algorithm's own `train_chunk` with its own drawing of rows, one seed or several under vmap.
+Its time is the median over chunks after a warm-up. Its FLOPs are the necessary ones (flops.py),
+and the machine's rate is that of the same matrix products alone, each shape repeated in the same
+process by XLA and by NumPy's BLAS, the faster of the two. "share" is the rate that the update
+reaches, over all that it does, divided by the machine's.
+
+Writes benchmarks/results/speed.json. Only ratios within one run mean anything: machines differ, and
+the same one from hour to hour. Other people's code beside it: speed_peers.py.
+"""
+
+import importlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[1:1] = [str(ROOT), str(ROOT / "algorithms")]
+import flops  # noqa: E402
+
+from common import config as machine  # noqa: E402
+from common import datasets, evaluation, experiment  # noqa: E402
+
+DATA = "stillwater/halfcheetah/medium-v0"
+COMBO = dict(beta=0.5, horizon=5)
+DIFFUSER = dict(horizon=32, multiples=(1, 2, 4, 8), batch_size=32, diffusion_steps=20)
+UPDATES = {  # name: (algorithm, what departs from its defaults)
+    "bc": ("bc", {}),
+    "iql": ("iql", {}),
+    "awac": ("awac", {}),
+    "awac, 2 layers": ("awac", dict(widths=(256, 256))),
+    "cql": ("cql", {}),
+    "cql, 3 layers": ("cql", dict(widths=(256, 256, 256))),
+    "combo": ("combo", COMBO | dict(horizon=1, rollout_batch=500, retain=500)),  # updates alone
+    "dt": ("dt", dict(targets=(1.0,))),
+    "diffuser": ("diffuser", DIFFUSER),
+}
+OTHERS = ("dynamics", "rollout", "plan", "evaluation")
+
+
+@dataclass(frozen=True)
+class Config:
+    only: tuple[str, ...] = (*UPDATES, *OTHERS)  # rows to measure
+    seeds: tuple[int, ...] = (1, 2, 4, 8, 16)  # of the updates
+    cores: int = 1  # that a row may use
+    seconds: float = 10.0  # of timing for each row
+    chunks: int = 15  # at most, of which the median counts
+    out: str = str(ROOT / "benchmarks/results/speed.json")
+    row: str = ""  # NAME:SEEDS: measure this one here, and print it
+
+
+class Work(NamedTuple):
+    call: object  # does `updates` of them
+    updates: int
+    products: dict  # necessary for one
+    compiling: tuple  # seconds, from nothing and from JAX's cache
+    more: dict = {}  # of the row
+
+
+def settings(algorithm, changes):
+    """The module, and its config as its main would make it."""
+    module = importlib.import_module(algorithm)
+    cfg = module.Config(env=DATA, **changes)
+    return module, experiment.resolve(cfg, getattr(module, "PAPER", None))
+
+
+def compiled(function, *inputs):
+    """The program; seconds to trace and compile it, and again with XLA's part in JAX's cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        taken = []
+        for _ in range(2):
+            start = time.perf_counter()
+            program = function.lower(*inputs).compile()
+            taken.append(time.perf_counter() - start)
+            jax.clear_caches()
+    return program, tuple(taken)
+
+
+def start(function, keys, batch):
+    """What `init` or the like makes for every seed."""
+    return jax.jit(jax.vmap(function, (0, None)))(keys, batch)
+
+
+def update(name, data, sizes, keys):
+    algorithm, changes = UPDATES[name]
+    module, cfg = settings(algorithm, changes)
+    products = flops.times(len(keys), getattr(flops, algorithm)(cfg, *sizes))
+    updates, more = int(np.clip(5e10 / flops.total(products), 2, 5000)), {}
+    cfg = replace(cfg, eval_every=updates)
+    batch = data.steps() if algorithm in ("dt", "diffuser") else data.transitions()
+    if algorithm == "combo":
+        cfg, more = replace(cfg, rollout_every=updates), dict(terminal=module.never)
+    state, batch = start(partial(module.init, cfg=cfg), keys, batch), jax.device_put(batch)
+    chunk = jax.vmap(partial(module.train_chunk, cfg=cfg, **more), (0, None, 0))
+    program, compiling = compiled(jax.jit(chunk, donate_argnums=0), state, batch, keys)
+
+    def call():
+        nonlocal state
+        state, metrics = program(state, batch, keys)
+        jax.block_until_ready(metrics)
+
+    return Work(call, updates, products, compiling, {"settings": vars(cfg)})
+
+
+def dynamics(data, sizes, keys):
+    """A minibatch of COMBO's model, all members."""
+    module, cfg = settings("combo", COMBO)
+    rows, updates = 1000 + 40 * cfg.batch_size, 40  # 1,000 are held out
+    batch = jax.device_put(jax.tree.map(lambda x: x[:rows], data.transitions()))
+    fit = start(partial(module.init_fit, cfg=cfg), keys, batch)
+    epoch = jax.jit(jax.vmap(partial(module.fit_epoch, cfg=cfg), (0, None, 0)))
+    program, compiling = compiled(epoch, fit, batch, keys)
+    call = lambda: jax.block_until_ready(program(fit, batch, keys))  # noqa: E731
+    return Work(call, updates, flops.dynamics(cfg, *sizes), compiling)
+
+
+def rollout(data, sizes, keys):
+    """50,000 starts, five steps of COMBO's model."""
+    module, cfg = settings("combo", COMBO)
+    state = start(partial(module.init, cfg=cfg), keys, data.transitions())
+    steps = jax.vmap(partial(module.rollout, cfg=cfg, terminal=module.never), (0, None, 0))
+    inputs = state, jax.device_put(data.transitions()), keys
+    program, compiling = compiled(jax.jit(steps), *inputs)
+    call = lambda: jax.block_until_ready(program(*inputs))  # noqa: E731
+    return Work(call, 1, flops.rollout(cfg, *sizes), compiling)
+
+
+def plan(data, sizes, keys):
+    """Diffuser's plan for one step of one episode."""
+    module, cfg = settings("diffuser", DIFFUSER)
+    state = start(partial(module.init, cfg=cfg), keys, data.steps())
+    inputs = state, None, jnp.asarray(data.obs[None, :1]), jnp.zeros((1, 1)), keys[0]
+    program, compiling = compiled(jax.jit(partial(module.act_all, cfg=cfg)), *inputs)
+    call = lambda: jax.block_until_ready(program(*inputs))  # noqa: E731
+    return Work(call, 1, flops.plan(cfg, *sizes), compiling)
+
+
+def ten_episodes(data, sizes, keys):
+    """Evaluation of IQL's policy, and the environment's steps alone."""
+    module, cfg = settings("iql", {})
+    state = start(partial(module.init, cfg=cfg), keys, data.transitions())
+    policy = jax.jit(jax.vmap(evaluation.stateless(module.act), (0, 0, 0, 0, None)))
+    inputs = None, jnp.asarray(data.obs[None, :10]), jnp.zeros((1, 10)), keys[0]
+    _, compiling = compiled(policy, state, *inputs)
+    still = np.zeros((1, 10, sizes[1]), np.float32)
+    alone = partial(evaluation.evaluate, lambda *_: (still, None), data.env_id, 1, 10)
+    call = partial(evaluation.evaluate, partial(policy, state), data.env_id, 1, 10)
+    return Work(call, 1, {}, compiling, {"stepping_alone_us": 1e6 * median_time(alone, 3, 5)})
+
+
+def median_time(work, seconds, most):
+    """Median seconds of a call, after one that does not count, for so long but three at least."""
+    work()
+    taken, end = [], time.perf_counter() + seconds
+    while len(taken) < 3 or (time.perf_counter() < end and len(taken) < most):
+        begin = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - begin)
+    return float(np.median(taken))
+
+
+def products_rate(products, seconds=4.0):
+    """FLOP/s of these matrix products alone, each shape as fast as XLA or NumPy's BLAS does it."""
+    several = jax.jit(lambda a, b: jax.lax.map(lambda ab: ab[0] @ ab[1], (a, b)))
+    rng, spent, each = np.random.default_rng(0), 0.0, seconds / 2 / len(products)
+    for (m, k, n), count in products.items():
+        copies = int(np.clip(2e8 / (2 * m * k * n), 1, 16))
+        a, b = (rng.standard_normal((copies, *x), np.float32) for x in ((m, k), (k, n)))
+        c, inputs = np.empty((copies, m, n), np.float32), jax.device_put((a, b))
+
+        def blas(a=a, b=b, c=c):
+            for x, y, out in zip(a, b, c, strict=True):
+                np.matmul(x, y, out=out)
+
+        xla = lambda inputs=inputs: jax.block_until_ready(several(*inputs))  # noqa: E731
+        spent += count * min(median_time(way, each, 30) for way in (blas, xla)) / copies
+    return flops.total(products) / spent
+
+
+def measure(name, seeds, cfg):
+    """One row, as plain data."""
+    data, keys = datasets.load(DATA), jax.vmap(jax.random.key)(jnp.arange(seeds))
+    inputs = data, (data.obs.shape[1], data.action.shape[1]), keys
+    others = dict(zip(OTHERS, (dynamics, rollout, plan, ten_episodes), strict=True))
+    work = others[name](*inputs) if name in others else update(name, *inputs)
+    before = products_rate(work.products) if work.products else 0
+    us = 1e6 * median_time(work.call, cfg.seconds, cfg.chunks) / work.updates
+    row = {"row": name, "seeds": seeds, "us": us, **work.more}
+    row |= dict(zip(("compile_seconds", "cached_compile_seconds"), work.compiling, strict=True))
+    if work.products:
+        gflop = flops.total(work.products) / 1e9
+        rate = max(before, products_rate(work.products)) / 1e9
+        row |= {"gflop": gflop, "gflops": gflop / us * 1e6, "machine_gflops": rate}
+        row["share"] = row["gflops"] / rate
+    return row | {"peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def summary(row):
+    """Words for a row."""
+    rate = "{share:.0%} of {machine_gflops:.0f} GFLOP/s, " if "share" in row else ""
+    words = "{us:,.0f} us, " + rate + "compiled in {compile_seconds:.1f} s, {peak_mb:,.0f} MB"
+    return words.format(**row)
+
+
+def main(cfg: Config):
+    if cfg.row:
+        name, seeds = cfg.row.rsplit(":", 1)
+        print(json.dumps(measure(name, int(seeds), cfg), default=list))
+        return
+    facts = machine.machine() | {"cores": cfg.cores, "rows": []}
+    facts["time"] = time.strftime("%FT%TZ", time.gmtime())
+    names = "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"
+    environ = os.environ | dict.fromkeys(names, str(cfg.cores))
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: cfg.cores]))
+    for name in cfg.only:
+        for seeds in cfg.seeds if name in UPDATES else [1]:
+            words = ["taskset", "-c", cores, sys.executable, __file__, "--row", f"{name}:{seeds}"]
+            words += ["--seconds", str(cfg.seconds), "--chunks", str(cfg.chunks)]
+            done = subprocess.run(words, env=environ, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            facts["rows"].append(row := json.loads(done.stdout.splitlines()[-1]))
+            print(f"{name}, {seeds} seed{'s' * (seeds > 1)}: {summary(row)}", flush=True)
+            Path(cfg.out).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))

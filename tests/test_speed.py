@@ -1,0 +1,73 @@
+"""The FLOPs that benchmarks/speed.py divides by, beside XLA's own count of one update."""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import flops
+import speed
+
+from common import datasets
+
+SIZES = 17, 6
+
+
+def counts(name, changes):
+    """Necessary FLOPs, and XLA's for the program as it is written, before any optimisation."""
+    module, cfg = speed.settings(name, changes)
+    data = datasets.load(speed.DATA)
+    batch = data.steps() if name in ("dt", "diffuser") else data.transitions()
+    key, more = jax.random.key(0), dict(cfg=cfg) if name in ("dt", "diffuser") else {}
+    state = jax.eval_shape(partial(module.init, cfg=cfg), key, batch)
+    rows = jnp.zeros(cfg.batch_size, int)
+    batch = jax.eval_shape(partial(module.minibatch, **more), state, batch, rows)
+    program = jax.jit(partial(module.update, cfg=cfg)).lower(state, batch, key)
+    return flops.total(getattr(flops, name)(cfg, *SIZES)), program.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("name", sorted({"combo": 0, **speed.UPDATES}))
+def test_an_update_does_little_but_the_necessary_products(name):
+    """A tenth more at most: activations, optimisers, and what XLA has yet to find superfluous."""
+    algorithm, changes = speed.UPDATES[name]
+    necessary, all_of_them = counts(algorithm, changes)
+    assert 0.85 * all_of_them < necessary < all_of_them
+
+
+def test_flops_of_a_layer_by_hand():
+    """Two layers, 3 -> 4 -> 2, on 5 rows: 2 x 5 x (12 + 8) forward, as much again for the weights,
+    and 2 x 5 x 8 for the hidden units; with the gradient of the inputs 2 x 5 x 12 more."""
+    layers = flops.mlp(5, 3, 4, 2)
+    assert flops.total(flops.forward(layers)) == 200
+    assert flops.total(flops.learn(layers)) == 200 + 200 + 80
+    assert flops.total(flops.learn(layers, inputs=True)) == 200 + 200 + 200
+    assert flops.total(flops.to_inputs(layers)) == 400
+    assert flops.total(flops.times(3, flops.forward(layers))) == 600
+
+
+def test_a_rollout_asks_one_elite_for_each_row():
+    _, cfg = speed.settings("combo", speed.COMBO)
+    model = 2 * 50_000 * (23 * 200 + 3 * 200 * 200 + 200 * 36)
+    policy = 2 * 50_000 * (17 * 256 + 2 * 256 * 256 + 256 * 12)
+    assert flops.total(flops.rollout(cfg, *SIZES)) == 5 * (model + policy)
+
+
+def test_the_median_leaves_out_the_first_call(monkeypatch):
+    clock = iter(np.cumsum([0, 0, 1, 0, 5, 0, 2, 0]))  # the end; then begin and end of three calls
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: float(next(clock)))
+    calls = []
+    assert speed.median_time(lambda: calls.append(1), 0.5, 3) == 2
+    assert len(calls) == 4
+
+
+def test_the_machines_rate_is_at_least_a_plain_products():
+    """Of a product in two sizes, as NumPy does it here; half of it, for a busy machine."""
+    products = {(64, 64, 64): 3, (128, 32, 64): 1}
+    a = np.ones((64, 64), np.float32)
+    plain = speed.median_time(lambda: [a @ a for _ in range(20)], 0.2, 20) / 20
+    assert speed.products_rate(products, 0.4) > 0.5 * 2 * 64**3 / plain
