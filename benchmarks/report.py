@@ -109,21 +109,32 @@ def peers_table(runs, peers):
     """Markdown of the scores of other implementations beside ours, same data and updates."""
     names = ["dataset", "algorithm", "updates", "ours", "peer", "theirs"]
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    for peer in sorted(peers, key=lambda p: p["algorithm"]):
-        (low, high), name = peer["data"]["ref"], peer["data"]["name"]
-        what = peer["algorithm"].upper(), name, peer["updates"]
-        (ours,) = [
-            run["returns"] for run in runs if (run["title"], run["dataset"], run["updates"]) == what
-        ]
-        cells = []
-        for returns in (ours, [peer["returns"][str(peer["updates"])]]):
+    groups = defaultdict(list)
+    for peer in sorted(peers, key=lambda p: (p["algorithm"], p["updates"], p["seed"])):
+        groups[peer["algorithm"].upper(), peer["data"]["name"], peer["updates"]].append(peer)
+    for (algorithm, dataset, updates), group in groups.items():
+        (low, high), cells = group[0]["data"]["ref"], []
+        theirs = [peer["returns"][str(updates)] for peer in group]
+        for returns in (ours(runs, algorithm, dataset, updates), theirs):
             score = 100 * (np.array(returns) - low) / (high - low)
             ends = "{:.1f}, {:.1f}".format(*stats.interval(stats.of_seeds(score)))
             seeds = f"{len(score)} seed{'s' * (len(score) > 1)}"
             cells.append(f"{score.mean():.1f} [{ends}], {seeds}")
-        cells = [name, what[0], f"{what[2]:,}", cells[0], peer["peer"]["name"], cells[1]]
+        cells = [dataset, algorithm, f"{updates:,}", cells[0], group[0]["peer"]["name"], cells[1]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def ours(runs, title, dataset, updates):
+    """Returns (S, E) after so many updates: at the end of a run, or in a longer one whose learning
+    rate does not depend on its length."""
+    found = [run for run in runs if (run["title"], run["dataset"]) == (title, dataset)]
+    for run in sorted(found, key=lambda run: run["updates"]):
+        if run["updates"] == updates:
+            return run["returns"]
+        if run["config"].get("lr_decay") is False and str(updates) in run["evaluations"]:
+            return run["evaluations"][str(updates)]
+    raise SystemExit(f"no run of {title} on {dataset} has {updates:,} updates, as a peer's has")
 
 
 def parity_table(rows):

@@ -59,8 +59,9 @@ def merge(runs):
             continue
         last = group[-1]
         returns = np.array([run["returns"][i] for run, i in found])
-        curve, seconds = {}, {}
+        curve, seconds, evaluations = {}, {}, {}
         for t in last["curve"]:
+            evaluations[t] = [run["evaluations"][t][i] for run, i in found]
             curve[int(t)] = score(last, np.array([run["curve"][t][i] for run, i in found]))
             shares = [run["seconds"][t] / run["config"]["num_seeds"] for run, _ in found]
             seconds[int(t)] = np.mean(shares)
@@ -68,6 +69,7 @@ def merge(runs):
             "title": min(map(title, group), key=len),  # without defaults spelled out
             "updates": last["config"]["num_updates"],
             **{"returns": returns.tolist(), "scores": score(last, returns)},
+            "evaluations": evaluations,
             **{"curve": curve, "seconds": seconds, "diverged": len(seeds) - len(found)},
         }
 

@@ -156,6 +156,7 @@ def made(algorithm="awac", dataset="n", updates=5, seed=0, scores=((10.0,),), **
         "data": data | {"ref_min": 0.0, "ref_max": 100.0},
         **{"curve": {str(updates): means}, "seconds": {str(updates): 60.0}},
         "returns": [list(x) for x in scores],
+        "evaluations": {str(updates): [list(x) for x in scores]},
     } | change
 
 
@@ -344,3 +345,22 @@ def test_a_peers_score_stands_beside_ours_of_as_many_updates():
     row = report.peers_table(runs, [peer]).splitlines()[2]
     ours, theirs = "30.0 [20.0, 40.0], 2 seeds", "50.0 [50.0, 50.0], 1 seed"
     assert row == f"| n | AWAC | 5 | {ours} | them | {theirs} |"
+    more = peer | {"seed": 1, "returns": {"5": [30.0, 30.0]}}
+    row = report.peers_table(runs, [peer, more]).splitlines()[2]
+    assert row.endswith("| them | 55.0 [50.0, 60.0], 2 seeds |")
+
+
+def test_a_longer_run_stands_in_where_its_learning_rate_knows_no_end():
+    """Its returns after 5 of 9 updates; not those of one whose rate decays with its length."""
+    evaluations = {"5": [[1.0], [2.0]], "9": [[3.0], [4.0]]}
+    long = made(updates=9, scores=[[3.0], [4.0]], evaluations=evaluations)
+    long["curve"], long["seconds"] = dict.fromkeys(["5", "9"], [0, 0]), {"5": 1.0, "9": 2.0}
+    for decays in (False, True):
+        long["config"]["lr_decay"] = decays
+        runs = list(score_runs.merge([long]))
+        assert report.ours(runs, "AWAC", "n", 9) == [[3.0], [4.0]]
+        if decays:
+            with pytest.raises(SystemExit, match="no run of AWAC on n has 5 updates"):
+                report.ours(runs, "AWAC", "n", 5)
+        else:
+            assert report.ours(runs, "AWAC", "n", 5) == [[1.0], [2.0]]
