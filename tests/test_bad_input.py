@@ -69,9 +69,12 @@ def run(script, *words):
 
 
 def tree(folder):
-    """{path: bytes} of all that is in a folder, hidden files too; of a link where it leads."""
+    """{path: bytes} of all that is in a folder, hidden files too; of a link where it leads.
+
+    But for the programs that JAX compiled: they are kept whatever becomes of the command."""
     found = {}
     for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name != "programs"]
         for name in (*folders, *files):
             path = Path(place, name)
             plain = path.is_file() and not path.is_symlink()
