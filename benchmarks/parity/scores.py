@@ -274,7 +274,8 @@ def train(algorithm, checkout, file, updates, seed, out):
     result |= {"seed": seed, "returns": curve}
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"{algorithm}-{facts['name'].replace('/', '-')}-s{seed}.json"
+    parts = algorithm, facts["name"].replace("/", "-"), updates, f"s{seed}"
+    name = "-".join(map(str, parts)) + ".json"
     (folder / name).write_text(json.dumps(result, indent=1) + "\n")
 
 
