@@ -20,6 +20,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +50,7 @@ def child(mark, script, *flags):
     """Runs a script as its command line would, and notes in the file `mark` what it is doing."""
     with open(mark, "r+b", buffering=0) as file:
 
-        def doing(phase, then=None, call=None):
+        def doing(phase, then, call):
             def noted(*args, **kwargs):
                 file.seek(0)
                 file.write(bytes([phase]))
@@ -60,7 +61,13 @@ def child(mark, script, *flags):
 
             return noted
 
-        evaluation.evaluate = doing(2, 1, evaluation.evaluate)
+        score = doing(2, 1, evaluation.evaluate)
+
+        def evaluate(policy, *args):
+            jax.block_until_ready(policy.args)  # the state: it is still being trained until then
+            return score(policy, *args)
+
+        evaluation.evaluate = evaluate
         checkpoint.save = doing(3, 1, checkpoint.save)
         experiment.Run.restore = doing(0, 1, experiment.Run.restore)
         sys.argv = [script, *flags]
