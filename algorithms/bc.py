@@ -58,8 +58,8 @@ class Config:
 
 
 class Dense(nn.Module):
-    """x W^T + b, as PyTorch has it: its initialisation, and W (out, in), so that no gradient of W
-    has to be transposed, which would be a sixth of an update on a CPU."""
+    """x W^T + b, as PyTorch has it: its initialisation, and W (out, in), which spares a CPU the
+    transposing of W's gradients."""
 
     width: int
 
