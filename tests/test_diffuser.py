@@ -63,7 +63,7 @@ def random_state(data, cfg, seed=0):
 
     def draw(path, x):
         kind = path[-1].key
-        fan_in = np.prod(x.shape[:-1]) if kind == "kernel" else 10
+        fan_in = x.shape[-1] if kind == "kernel" else 10
         return jnp.float32(rng.normal(size=x.shape) / np.sqrt(fan_in) + (kind == "scale"))
 
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -201,7 +201,7 @@ def test_convolution_is_xlas():
         )
 
         def mine(x, kernel, bias, size=size, stride=stride):
-            params = {"params": {"Dense_0": {"kernel": kernel.reshape(-1, 6), "bias": bias}}}
+            params = {"params": {"Dense_0": {"kernel": kernel.reshape(-1, 6).T, "bias": bias}}}
             return diffuser.Conv(6, size, stride).apply(params, x)
 
         def xlas(x, kernel, bias, size=size, stride=stride):
@@ -226,7 +226,7 @@ def test_mish():
 
 
 def dense64(p, x):
-    return x @ p["kernel"] + p["bias"]
+    return x @ p["kernel"].T + p["bias"]
 
 
 def mish64(x):
@@ -236,7 +236,7 @@ def mish64(x):
 def conv64(p, x, size, stride=1):
     """Of one sequence (H, C), step by step; what lies outside is 0."""
     p, half = p["Dense_0"], size // 2
-    kernel, out = p["kernel"].reshape(size, x.shape[-1], -1), []
+    kernel, out = p["kernel"].T.reshape(size, x.shape[-1], -1), []
     for i in range(0, len(x), stride):
         y = p["bias"].copy()
         for k in range(size):

@@ -16,8 +16,8 @@ scale of the guide multiplied by it. Their upsampling, a transposed convolution 
 ours, a convolution of size 3 to two steps. It is a special case of that, with two of six taps zero:
 with such weights, their own network predicts the same, which is compared as well.
 
-Weights: a kernel (size * in, out) of ours is their convolution's (out, in, size), a Dense's their
-Linear's transposed. Of two blocks in a row our Flax counts the second first. There are too many of
+Weights: a kernel (out, size * in) of ours is their convolution's (out, in, size), a Dense's their
+Linear's. Of two blocks in a row our Flax counts the second first. There are too many of
 them to keep: both sides draw the weights anew, and of a gradient or of trained weights there are,
 for each parameter array, up to 8 numbers spread evenly over it and its root mean square. Narrower
 networks would have normalisations of single numbers, and gradients of nothing but rounding, of
@@ -49,6 +49,7 @@ SETTINGS = dict(
     return_scale=10.0, guide_scale=0.1, guide_steps=2, guide_stop=2, samples=1, plan_every=1,
 )  # fmt: skip
 MULTIPLES = {"model": (1, 2), "value": (1, 4)}
+BOUNDS = {"value gradient": 2e-5}  # rounding of both sides, through 18 normalisations
 
 
 def summary(tree):
@@ -142,7 +143,7 @@ def weights(inputs, network, like):
     params = {}
     for name, x in like.items():
         generator = np.random.RandomState(zlib.crc32(f"{network}/{name}".encode()))
-        fan_in = x.shape[0] if len(x.shape) > 1 else 16
+        fan_in = x.shape[-1] if len(x.shape) > 1 else 16
         noise = inputs["size"] * generator.normal(size=x.shape) / np.sqrt(fan_in)
         params[name] = (noise + name.endswith("scale")).astype(np.float32)
     return params
@@ -204,16 +205,16 @@ def layers(net):
 
 
 def to_theirs(kernel, shape):
-    """Our kernel (size * in, out), or scale, in the shape of their weight."""
+    """Our kernel (out, size * in), or scale, in the shape of their weight."""
     if len(shape) < 3:
-        return kernel.T
+        return kernel
     out, inner, size = shape
-    return kernel.reshape(size, inner, out).transpose(2, 1, 0)
+    return kernel.reshape(out, size, inner).swapaxes(1, 2)
 
 
 def to_ours(weight):
     """The inverse."""
-    return weight.T if weight.ndim < 3 else weight.transpose(2, 1, 0).reshape(-1, len(weight))
+    return weight if weight.ndim < 3 else weight.swapaxes(1, 2).reshape(len(weight), -1)
 
 
 def write(net, params):
@@ -379,11 +380,12 @@ def transposed(inputs):
     params = read(networks(inputs)["model"].model)
     for name, layer in layers(net):
         if isinstance(layer, torch.nn.ConvTranspose1d):
-            kernel = params[f"{name}/kernel"]  # (3 in, 2 out)
-            before, now, after = kernel.reshape(3, -1, 2, kernel.shape[1] // 2).swapaxes(1, 2)
+            kernel = params[f"{name}/kernel"]  # (2 out, 3 in)
+            taps = kernel.reshape(2, -1, 3, kernel.shape[1] // 3)
+            before, now, after = taps.transpose(2, 0, 3, 1)  # (3, 2, in, out)
             taps = after[1], now[0], now[1], before[0]  # of both steps
             own = np.stack(taps, -1)  # (in, out, 4)
-            params[f"{name}/kernel"] = own.transpose(2, 1, 0).reshape(-1, own.shape[0])
+            params[f"{name}/kernel"] = own.swapaxes(1, 2).reshape(len(own), -1)
     write(net, params)
     t = torch.tensor(inputs["noise/model/t"][0]).float()
     with torch.no_grad():
@@ -509,8 +511,8 @@ def two_taps(flat):
     for i in range(levels - 1, 2 * (levels - 1)):
         name = f"Conv_{i}/Dense_0"
         kernel, bias = flat[f"{name}/kernel"], flat[f"{name}/bias"]
-        taps = kernel.reshape(3, -1, 2, kernel.shape[1] // 2).copy()
-        taps[2, :, 0] = taps[0, :, 1] = 0  # the even step does not look ahead, nor the odd one back
+        taps = kernel.reshape(2, -1, 3, kernel.shape[1] // 3).copy()
+        taps[0, :, 2] = taps[1, :, 0] = 0  # the even step does not look ahead, nor the odd one back
         flat[f"{name}/kernel"] = taps.reshape(kernel.shape)
         flat[f"{name}/bias"] = np.tile(bias[: len(bias) // 2], 2)
     return nested(flat)
