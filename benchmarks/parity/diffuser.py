@@ -49,7 +49,7 @@ SETTINGS = dict(
     return_scale=10.0, guide_scale=0.1, guide_steps=2, guide_stop=2, samples=1, plan_every=1,
 )  # fmt: skip
 MULTIPLES = {"model": (1, 2), "value": (1, 4)}
-BOUNDS = {"value gradient": 2e-5}  # rounding of both sides, through 18 normalisations
+BOUNDS = {"value gradient": 2e-5}  # rounding of both sides, through a dozen normalisations
 
 
 def summary(tree):
