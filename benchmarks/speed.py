@@ -53,7 +53,7 @@ UPDATES = {  # name: (algorithm, what departs from its defaults)
     "dt": ("dt", dict(targets=(1.0,))),
     "diffuser": ("diffuser", DIFFUSER),
 }
-OTHERS = ("dynamics", "rollout", "plan", "evaluation")
+OTHERS = ("dynamics", "rollout", "plan", "evaluation", "evaluation, dt")
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,13 @@ def plan(data, sizes, keys):
     return Work(call, 1, flops.plan(cfg, *sizes), compiling)
 
 
-def ten_episodes(data, sizes, keys):
-    """Evaluation of IQL's policy, and the environment's steps alone."""
-    module, cfg = settings("iql", {})
-    state = start(partial(module.init, cfg=cfg), keys, data.transitions())
-    policy = jax.jit(jax.vmap(evaluation.stateless(module.act), (0, 0, 0, 0, None)))
+def ten_episodes(data, sizes, keys, algorithm="iql"):
+    """Evaluation of a policy, and the environment's steps alone."""
+    module, cfg = settings(*UPDATES[algorithm])
+    batch = data.steps() if algorithm == "dt" else data.transitions()
+    state = start(partial(module.init, cfg=cfg), keys, batch)
+    act = partial(module.act, cfg=cfg) if algorithm == "dt" else evaluation.stateless(module.act)
+    policy = jax.jit(jax.vmap(act, (0, 0, 0, 0, None)))
     inputs = None, jnp.asarray(data.obs[None, :10]), jnp.zeros((1, 10)), keys[0]
     _, compiling = compiled(policy, state, *inputs)
     still = np.zeros((1, 10, sizes[1]), np.float32)
@@ -201,7 +203,8 @@ def measure(name, seeds, cfg):
     """One row, as plain data."""
     data, keys = datasets.load(DATA), jax.vmap(jax.random.key)(jnp.arange(seeds))
     inputs = data, (data.obs.shape[1], data.action.shape[1]), keys
-    others = dict(zip(OTHERS, (dynamics, rollout, plan, ten_episodes), strict=True))
+    sequences = partial(ten_episodes, algorithm="dt")
+    others = dict(zip(OTHERS, (dynamics, rollout, plan, ten_episodes, sequences), strict=True))
     work = others[name](*inputs) if name in others else update(name, *inputs)
     before = products_rate(work.products) if work.products else 0
     us = 1e6 * median_time(work.call, cfg.seconds, cfg.chunks) / work.updates
