@@ -1,4 +1,5 @@
-"""The pictures of scores, of merged runs (score_runs.py): each of the runs on one source's data."""
+"""The pictures: of scores, of merged runs (score_runs.py) on one source's data each; and of speed,
+of what speed.py wrote."""
 
 import matplotlib
 import numpy as np
@@ -75,6 +76,40 @@ def profiles(datasets, found, path):
         label = f"{name}, {x.shape[1]} x {found[name][0]['updates']:,} updates"
         lines.append(pyplot.Line2D([], [], color=COLORS[name], lw=3, label=label))
     finish(figure, lines, path)
+
+
+def speed(ours, path):
+    """Share of the machine's rate on one core and on two; updates of all seeds, to one seed's."""
+    figure, (bars, lines) = pyplot.subplots(1, 2, figsize=(10.5, 4.2))
+    for i, (cores, file) in enumerate(ours.items()):
+        rows = [row for row in file["rows"] if row["seeds"] == 1 and "share" in row]
+        y = np.arange(len(rows)) + (i - 0.5) * 0.38
+        label = f"{cores} core" + "s" * (cores > 1)
+        shares = [row["share"] for row in rows]
+        bars.barh(y, shares, 0.36, color=OKABE_ITO[3 + i], label=label)
+        bars.set_yticks(range(len(rows)), [row["row"] for row in rows])
+    bars.invert_yaxis()
+    bars.axvline(1, color="k", lw=1, ls=":")
+    bars.set(xlabel="share of the rate of its matrix products alone")
+    bars.xaxis.set_major_formatter(ticker.PercentFormatter(1))
+    bars.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=9.5)
+    alone = {row["row"]: row["us"] for row in ours[1]["rows"] if row["seeds"] == 1}
+    alone = {name: us for name, us in alone.items() if "," not in name}  # each algorithm once
+    for name, color in zip(alone, OKABE_ITO, strict=False):
+        rows = [row for row in ours[1]["rows"] if row["row"] == name]
+        seeds = np.array([row["seeds"] for row in rows])
+        if len(seeds) > 1:
+            y = seeds * alone[name] / [row["us"] for row in rows]
+            lines.plot(seeds, y, "o-", color=color, lw=1.8, ms=4, label=name)
+    lines.axhline(1, color="k", lw=1, ls=":")
+    lines.set(xlabel="seeds, on one core", ylabel="updates per second of all, to one seed's")
+    lines.set_xscale("log", base=2)
+    lines.xaxis.set_major_formatter("{x:.0f}")
+    lines.set_ylim(0, None)
+    for axis in (bars, lines):
+        clean(axis)
+    handles, _ = lines.get_legend_handles_labels()
+    finish(figure, handles, path)
 
 
 def clean(axis):

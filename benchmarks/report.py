@@ -4,8 +4,8 @@
     python benchmarks/report.py                             # README's tables and the pictures
 
 A run's JSON holds its command, config, commit, versions, device, curve and the returns of every
-evaluation. score_runs.py merges and chooses runs, stats.py counts, score_tables.py and figures.py
-show.
+evaluation. score_runs.py merges and chooses runs, stats.py counts, score_tables.py, speed_tables.py
+and figures.py show.
 """
 
 import csv
@@ -20,7 +20,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))  # finds common/
-from benchmarks import figures, score_tables, stats  # noqa: E402
+from benchmarks import figures, score_tables, speed_tables, stats  # noqa: E402
 from benchmarks.score_runs import merge, together  # noqa: E402
 
 SCORES = {  # marks in the README, and who writes there
@@ -227,6 +227,7 @@ def main(cfg: Config):
         json.loads((results / f"{name}.json").read_text("utf-8"))
         for name in ("values", "planning", "stitching", "parity", "resume")
     )
+    ours_by_cores, other_people = speed_tables.load(results)
     tables = {
         **{mark: score_tables.by_source(runs, write) for mark, write in SCORES.items()},
         "peers": peers_table(runs, peers),
@@ -235,7 +236,11 @@ def main(cfg: Config):
         "values": value_table(values),
         "planning": planning_table(planning),
         "stitching": stitching_table(stitching["runs"]),
+        "speed": speed_tables.own_table(ours_by_cores),
+        "speed of seeds": speed_tables.seeds_table(ours_by_cores),
+        "speed of peers": speed_tables.peers_table(ours_by_cores, other_people),
     }
+    figures.speed(ours_by_cores, results / "speed.png")
     for source in score_tables.SOURCES:
         draw(score_tables.of_source(runs, source), source, results)
     readme = ROOT / "README.md"

@@ -34,8 +34,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "algorithms")]
-import flops  # noqa: E402
-
+from benchmarks import flops  # noqa: E402
 from common import config as machine  # noqa: E402
 from common import datasets, evaluation, experiment  # noqa: E402
 
@@ -93,6 +92,7 @@ def compiled(function, *inputs):
             program = function.lower(*inputs).compile()
             taken.append(time.perf_counter() - start)
             jax.clear_caches()
+    jax.config.update("jax_compilation_cache_dir", None)
     return program, tuple(taken)
 
 

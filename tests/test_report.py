@@ -15,7 +15,15 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 RESULTS = ROOT / "benchmarks/results"
 sys.path.insert(1, str(ROOT))
-from benchmarks import report, score_runs, score_tables, scores, stats  # noqa: E402
+from benchmarks import (  # noqa: E402
+    report,
+    score_runs,
+    score_tables,
+    scores,
+    speed,
+    speed_tables,
+    stats,
+)
 from common import curve  # noqa: E402
 
 
@@ -38,6 +46,45 @@ def test_the_readmes_tables_are_the_results():
     assert section("planning") == report.planning_table(planning)
     stitching = json.loads((RESULTS / "stitching.json").read_text("utf-8"))
     assert section("stitching") == report.stitching_table(stitching["runs"])
+    ours, peers = speed_tables.load(RESULTS)
+    assert section("speed") == speed_tables.own_table(ours)
+    assert section("speed of seeds") == speed_tables.seeds_table(ours)
+    assert section("speed of peers") == speed_tables.peers_table(ours, peers)
+
+
+def test_a_speed_can_be_traced():
+    """Commit and versions; all rows are there, and a share is what it says."""
+    for cores, file in speed_tables.load(RESULTS)[0].items():
+        assert re.fullmatch(r"[0-9a-f]{40}", file["commit"]) and file["cores"] == cores
+        found = {(row["row"], row["seeds"]) for row in file["rows"]}
+        assert {(name, 1) for name in (*speed.UPDATES, *speed.OTHERS)} <= found
+        assert cores > 1 or {(x, n) for x in speed.UPDATES for n in (1, 2, 4, 8, 16)} <= found
+        for row in file["rows"]:
+            if "share" in row:
+                seconds = row["gflop"] / row["machine_gflops"]
+                np.testing.assert_allclose(row["share"], 1e6 * seconds / row["us"])
+
+
+def test_peers_count_at_equal_sizes_alone():
+    def peer(name, **rows):
+        sizes = dict(widths=[256] * 2, critics=2, actions=30)
+        rows = [
+            dict(what="cql", sizes=sizes | changed, ms_per_update=ms, compile_seconds=ms / 10)
+            for ms, changed in rows.values()
+        ]
+        return dict(peer=dict(name=name), rows=rows)
+
+    peers = [
+        peer("A", equal=(30.0, {}), small=(1.0, dict(actions=3))),
+        peer("B", deep=(4.0, dict(widths=[256] * 3)), equal=(20.0, {})),
+    ]
+    assert speed_tables.theirs(peers, "cql") == [(20.0, 2.0, "B"), (30.0, 3.0, "A")]
+    assert speed_tables.theirs(peers, "cql, 3 layers") == [(4.0, 0.4, "B")]
+    rows = [
+        dict(row=name, seeds=1, us=10_000.0, compile_seconds=1.0) for name in speed_tables.COMPARED
+    ]
+    table = speed_tables.peers_table({1: dict(rows=rows), 2: dict(rows=rows)}, {1: peers, 2: []})
+    assert "| cql | 10 (1) | B 20 (2), A 30 (3) | 2.00 |  |" in table.splitlines()
 
 
 @pytest.mark.parametrize("path", sorted((RESULTS / "runs").glob("*.json")), ids=lambda p: p.stem)

@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import flops
-import speed
-
-from common import datasets
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+from benchmarks import flops, speed  # noqa: E402
+from common import datasets  # noqa: E402
 
 SIZES = 17, 6
 
