@@ -561,8 +561,9 @@ def main(cfg: Config):
     start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
     state = run.restore(start(fold(keys, 0), batch))
     if run.step == 0:
-        steps, last = jax.tree.map(lambda x: x[known], batch), fold(keys, cfg.num_updates + 1)
-        state = state.replace(dynamics=fit_dynamics(last, steps, cfg, run.log))
+        rows = jax.tree.map(lambda x: x[known], batch)
+        model_keys = fold(keys, cfg.num_updates + 1)  # beyond every step's
+        state = state.replace(dynamics=fit_dynamics(model_keys, rows, cfg, run.log))
     chunk = partial(train_chunk, cfg=cfg, terminal=terminal)
     chunk = jax.jit(jax.vmap(chunk, (0, None, 0)), donate_argnums=0)
     policy = jax.jit(jax.vmap(evaluation.stateless(act), (0, 0, 0, 0, None)))

@@ -29,9 +29,9 @@ def counts(name, changes):
     return flops.total(getattr(flops, name)(cfg, *SIZES)), program.cost_analysis()["flops"]
 
 
-@pytest.mark.parametrize("name", sorted({"combo": 0, **speed.UPDATES}))
+@pytest.mark.parametrize("name", speed.UPDATES)
 def test_an_update_does_little_but_the_necessary_products(name):
-    """A tenth more at most: activations, optimisers, and what XLA has yet to find superfluous."""
+    """A sixth more at most: activations, optimisers, and what XLA has yet to find superfluous."""
     algorithm, changes = speed.UPDATES[name]
     necessary, all_of_them = counts(algorithm, changes)
     assert 0.85 * all_of_them < necessary < all_of_them
