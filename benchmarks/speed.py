@@ -70,6 +70,7 @@ class Work(NamedTuple):
     call: object  # does `updates` of them
     updates: int
     products: dict  # necessary for one
+    program: object  # compiled
     compiling: tuple  # seconds, from nothing and from JAX's cache
     more: dict = {}  # of the row
 
@@ -119,7 +120,7 @@ def update(name, data, sizes, keys):
         state, metrics = program(state, batch, keys)
         jax.block_until_ready(metrics)
 
-    return Work(call, updates, products, compiling, {"settings": vars(cfg)})
+    return Work(call, updates, products, program, compiling, {"settings": vars(cfg)})
 
 
 def dynamics(data, sizes, keys):
@@ -131,7 +132,7 @@ def dynamics(data, sizes, keys):
     epoch = jax.jit(jax.vmap(partial(module.fit_epoch, cfg=cfg), (0, None, 0)))
     program, compiling = compiled(epoch, fit, batch, keys)
     call = lambda: jax.block_until_ready(program(fit, batch, keys))  # noqa: E731
-    return Work(call, updates, flops.dynamics(cfg, *sizes), compiling)
+    return Work(call, updates, flops.dynamics(cfg, *sizes), program, compiling)
 
 
 def rollout(data, sizes, keys):
@@ -142,7 +143,7 @@ def rollout(data, sizes, keys):
     inputs = state, jax.device_put(data.transitions()), keys
     program, compiling = compiled(jax.jit(steps), *inputs)
     call = lambda: jax.block_until_ready(program(*inputs))  # noqa: E731
-    return Work(call, 1, flops.rollout(cfg, *sizes), compiling)
+    return Work(call, 1, flops.rollout(cfg, *sizes), program, compiling)
 
 
 def plan(data, sizes, keys):
@@ -152,7 +153,7 @@ def plan(data, sizes, keys):
     inputs = state, None, jnp.asarray(data.obs[None, :1]), jnp.zeros((1, 1)), keys[0]
     program, compiling = compiled(jax.jit(partial(module.act_all, cfg=cfg)), *inputs)
     call = lambda: jax.block_until_ready(program(*inputs))  # noqa: E731
-    return Work(call, 1, flops.plan(cfg, *sizes), compiling)
+    return Work(call, 1, flops.plan(cfg, *sizes), program, compiling)
 
 
 def ten_episodes(data, sizes, keys, algorithm="iql"):
@@ -163,11 +164,12 @@ def ten_episodes(data, sizes, keys, algorithm="iql"):
     act = partial(module.act, cfg=cfg) if algorithm == "dt" else evaluation.stateless(module.act)
     policy = jax.jit(jax.vmap(act, (0, 0, 0, 0, None)))
     inputs = None, jnp.asarray(data.obs[None, :10]), jnp.zeros((1, 10)), keys[0]
-    _, compiling = compiled(policy, state, *inputs)
+    program, compiling = compiled(policy, state, *inputs)
     still = np.zeros((1, 10, sizes[1]), np.float32)
     alone = partial(evaluation.evaluate, lambda *_: (still, None), data.env_id, 1, 10)
     call = partial(evaluation.evaluate, partial(policy, state), data.env_id, 1, 10)
-    return Work(call, 1, {}, compiling, {"stepping_alone_us": 1e6 * median_time(alone, 3, 5)})
+    more = {"stepping_alone_us": 1e6 * median_time(alone, 3, 5)}
+    return Work(call, 1, {}, program, compiling, more)
 
 
 def median_time(work, seconds, most):
@@ -199,13 +201,18 @@ def products_rate(products, seconds=4.0):
     return flops.total(products) / spent
 
 
-def measure(name, seeds, cfg):
-    """One row, as plain data."""
+def work_of(name, seeds):
+    """The Work of a row."""
     data, keys = datasets.load(DATA), jax.vmap(jax.random.key)(jnp.arange(seeds))
     inputs = data, (data.obs.shape[1], data.action.shape[1]), keys
     sequences = partial(ten_episodes, algorithm="dt")
     others = dict(zip(OTHERS, (dynamics, rollout, plan, ten_episodes, sequences), strict=True))
-    work = others[name](*inputs) if name in others else update(name, *inputs)
+    return others[name](*inputs) if name in others else update(name, *inputs)
+
+
+def measure(name, seeds, cfg):
+    """One row, as plain data."""
+    work = work_of(name, seeds)
     before = products_rate(work.products) if work.products else 0
     us = 1e6 * median_time(work.call, cfg.seconds, cfg.chunks) / work.updates
     row = {"row": name, "seeds": seeds, "us": us, **work.more}
@@ -225,6 +232,18 @@ def summary(row):
     return words.format(**row)
 
 
+def apart(script, words, cores):
+    """The JSON that a process of its own prints last, on so many cores."""
+    names = "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"
+    environ = os.environ | dict.fromkeys(names, str(cores))
+    cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
+    words = ["taskset", "-c", cpus, sys.executable, script, *words]
+    done = subprocess.run(words, env=environ, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main(cfg: Config):
     if cfg.row:
         name, seeds = cfg.row.rsplit(":", 1)
@@ -232,17 +251,11 @@ def main(cfg: Config):
         return
     facts = machine.machine() | {"cores": cfg.cores, "rows": []}
     facts["time"] = time.strftime("%FT%TZ", time.gmtime())
-    names = "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"
-    environ = os.environ | dict.fromkeys(names, str(cfg.cores))
-    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[: cfg.cores]))
     for name in cfg.only:
         for seeds in cfg.seeds if name in UPDATES else [1]:
-            words = ["taskset", "-c", cores, sys.executable, __file__, "--row", f"{name}:{seeds}"]
+            words = ["--row", f"{name}:{seeds}"]
             words += ["--seconds", str(cfg.seconds), "--chunks", str(cfg.chunks)]
-            done = subprocess.run(words, env=environ, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            facts["rows"].append(row := json.loads(done.stdout.splitlines()[-1]))
+            facts["rows"].append(row := apart(__file__, words, cfg.cores))
             print(f"{name}, {seeds} seed{'s' * (seeds > 1)}: {summary(row)}", flush=True)
             Path(cfg.out).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 

@@ -1,4 +1,5 @@
-"""The README's tables of speed, in Markdown, of what speed.py and speed_peers.py wrote.
+"""The README's tables of speed, in Markdown, of what speed.py, speed_profile.py and speed_peers.py
+wrote.
 
 Ours is {cores: speed.py's JSON}, peers are {cores: [speed_peers.py's JSON, ...]}.
 """
@@ -83,6 +84,17 @@ def seeds_table(ours):
         cells = [f"{digits(x['us'] / 1000 / x['seeds'])}, {x['share']:.0%}" for x in each]
         rows.append([name, *cells])
     return markdown(["ms a seed, share", *map(str, counts)], rows)
+
+
+def profile_table(profile):
+    """Milliseconds of each kind of work in an update; the rest is between the steps."""
+    rows = profile["rows"]
+    alone = [f"{row['products_alone_ms']:.1f}" for row in rows]
+    lines = [["the necessary matrix products alone", *alone]]
+    for kind in rows[0]["kinds_ms"]:
+        lines.append([kind, *(f"{row['kinds_ms'][kind]:.1f}" for row in rows)])
+    lines.append(["the whole update", *(f"{row['ms']:.1f}" for row in rows)])
+    return markdown(["ms", *(row["row"] for row in rows)], lines)
 
 
 def theirs(peers, name):

@@ -50,6 +50,8 @@ def test_the_readmes_tables_are_the_results():
     assert section("speed") == speed_tables.own_table(ours)
     assert section("speed of seeds") == speed_tables.seeds_table(ours)
     assert section("speed of peers") == speed_tables.peers_table(ours, peers)
+    profile = json.loads((RESULTS / "profile.json").read_text("utf-8"))
+    assert section("profile") == speed_tables.profile_table(profile)
 
 
 def test_a_speed_can_be_traced():
@@ -63,6 +65,18 @@ def test_a_speed_can_be_traced():
             if "share" in row:
                 seconds = row["gflop"] / row["machine_gflops"]
                 np.testing.assert_allclose(row["share"], 1e6 * seconds / row["us"])
+
+
+def test_a_profile_can_be_traced():
+    """Commit and versions; the steps are the update, but for what is between them."""
+    profile = json.loads((RESULTS / "profile.json").read_text("utf-8"))
+    assert re.fullmatch(r"[0-9a-f]{40}", profile["commit"]) and "jax" in profile["versions"]
+    for row in profile["rows"]:
+        assert 0.85 < sum(row["kinds_ms"].values()) / row["ms"] < 1.1, row["row"]
+        longest = [step["ms"] for step in row["longest"]]
+        assert longest == sorted(longest, reverse=True)
+        for kind, ms in row["kinds_ms"].items():
+            assert sum(x["ms"] for x in row["longest"] if x["kind"] == kind) < 1.001 * ms
 
 
 def test_peers_count_at_equal_sizes_alone():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from benchmarks import flops, speed  # noqa: E402
+from benchmarks import flops, speed, speed_profile  # noqa: E402
 from common import datasets  # noqa: E402
 
 SIZES = 17, 6
@@ -69,3 +69,23 @@ def test_the_machines_rate_is_at_least_a_plain_products():
     a = np.ones((64, 64), np.float32)
     plain = speed.median_time(lambda: [a @ a for _ in range(20)], 0.2, 20) / 20
     assert speed.products_rate(products, 0.4) > 0.5 * 2 * 64**3 / plain
+
+
+def test_every_step_of_a_program_goes_to_its_kind_of_work():
+    """A product of 2 x 600^3 FLOPs takes longer than all else; each other kind is seen."""
+
+    def work(x, w, rows, key):
+        y = jax.nn.softmax((x @ w)[rows] + jax.random.uniform(key, x.shape)).T
+        return jax.lax.fori_loop(0, 3, lambda _, y: jnp.tanh(y @ w), y)  # runs thrice
+
+    x = jnp.ones((600, 600)) / 600
+    inputs = x, x, jnp.arange(600)[::-1], jax.random.key(0)
+    program = jax.jit(work).lower(*inputs).compile()
+    call = lambda: jax.block_until_ready(program(*inputs))  # noqa: E731
+    found = speed_profile.steps(program, call, 5)
+    ms = {kind: sum(s["ms"] for s in found if s["kind"] == kind) for kind in speed_profile.KINDS}
+    assert found[0]["kind"] == "matrix products" and found[0]["shape"].startswith("f32[600,600]")
+    assert ms["matrix products"] > 0.5 * sum(ms.values())
+    assert min(ms[x] for x in ms if x != "elementwise") > 0
+    whole = 1e3 * speed.median_time(call, 0.5, 20)
+    assert 0.5 < sum(ms.values()) / whole < 2  # a busy machine

@@ -1,0 +1,128 @@
+"""What does an update spend its time on?
+
+    python benchmarks/speed_profile.py                        # COMBO, DT and two more
+    python benchmarks/speed_profile.py --rows iql --steps 20  # one, with its twenty longest steps
+
+The rows are speed.py's, one seed each. XLA says how long every step of its program took; a step is
+a matrix product, or elementwise work, sums and copies fused into one. Each is put under the first
+kind of work (KINDS) that its instructions contain. Writes benchmarks/results/profile.json.
+"""
+
+import json
+import re
+import sys
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[1:1] = [str(ROOT)]
+from benchmarks import flops, speed  # noqa: E402
+from common import config as machine  # noqa: E402
+
+KINDS = {  # of work, and the instructions that give it away
+    "matrix products": "dot convolution custom-call",
+    "random numbers": "xor rng-bit-generator",
+    "sums: normalisation, softmax, losses": "reduce",
+    "rows of the data": "gather dynamic-slice",
+    "copies of the gradients and activations": "transpose copy",
+    "elementwise": "",
+}
+WRAPPERS = "while", "call", "conditional"  # what is in them is counted by itself
+INSTRUCTION = re.compile(r" +(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)")
+
+
+@dataclass(frozen=True)
+class Config:
+    rows: tuple[str, ...] = ("cql", "combo", "dt", "diffuser")  # of speed.py
+    steps: int = 8  # the longest ones that are listed
+    calls: int = 5  # of the program that are traced
+    cores: int = 1  # that a row may use
+    out: str = str(ROOT / "benchmarks/results/profile.json")
+    row: str = ""  # profile this one here, and print it
+
+
+def read(text):
+    """{instruction: (its shape, its opcode, all opcodes in it, where in our code)} of a program."""
+    inside, lines, computation = defaultdict(set), {}, ""
+    for line in text.splitlines():
+        if line.endswith("{") and (begin := re.match(r"(?:ENTRY )?%?([\w.-]+) ", line)):
+            computation = begin[1]
+        elif found := INSTRUCTION.match(line):
+            name, shape, opcode, rest = found.groups()
+            called = re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", rest)
+            where = re.search(r'op_name="([^"]*)"', rest)
+            lines[name] = shape, opcode, called, where[1] if where else ""
+            inside[computation] |= {opcode, *(x for name in called for x in inside[name])}
+    return {
+        name: (shape, opcode, {opcode}.union(*(inside[x] for x in called)), where)
+        for name, (shape, opcode, called, where) in lines.items()
+    }
+
+
+def kind(shape, opcodes):
+    if shape.startswith("u"):  # unsigned integers: bits on their way to a random number
+        return "random numbers"
+    return next(name for name, words in KINDS.items() if not words or opcodes & {*words.split()})
+
+
+def trace(call, calls):
+    """{step: [seconds of each time it ran]} of so many calls."""
+    taken = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(calls):
+                call()
+        (path,) = Path(folder).glob("**/*.xplane.pb")
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for line in plane.lines:
+                for event in line.events:
+                    taken[event.name].append(event.duration_ns / 1e9)
+    return taken
+
+
+def steps(program, call, calls):
+    """The steps of the program, the longest first: its share of a call, as plain data."""
+    found, taken = [], trace(call, calls)
+    for name, (shape, opcode, opcodes, where) in read(program.as_text()).items():
+        if name in taken and opcode not in WRAPPERS:
+            ms = 1e3 * float(np.median(taken[name])) * len(taken[name]) / calls
+            found.append({"ms": ms, "kind": kind(shape, opcodes), "shape": shape, "where": where})
+    return sorted(found, key=lambda step: -step["ms"])
+
+
+def profile(name, cfg):
+    """One row, as plain data."""
+    work = speed.work_of(name, seeds=1)
+    row = {"row": name, "ms": 1e3 * speed.median_time(work.call, 10, 15) / work.updates}
+    rate = speed.products_rate(work.products)
+    row["products_alone_ms"] = 1e3 * flops.total(work.products) / rate
+    found = steps(work.program, work.call, cfg.calls)
+    found = [step | {"ms": step["ms"] / work.updates} for step in found]
+    kinds = {x: sum(step["ms"] for step in found if step["kind"] == x) for x in KINDS}
+    return row | {"kinds_ms": kinds, "longest": found[: cfg.steps]}
+
+
+def main(cfg: Config):
+    if cfg.row:
+        print(json.dumps(profile(cfg.row, cfg)))
+        return
+    facts = machine.machine() | {"cores": cfg.cores, "rows": []}
+    for name in cfg.rows:
+        words = ["--row", name, "--steps", str(cfg.steps), "--calls", str(cfg.calls)]
+        facts["rows"].append(row := speed.apart(__file__, words, cfg.cores))
+        print(f"{name}: {row['ms']:.1f} ms")
+        for what, ms in row["kinds_ms"].items():
+            print(f"  {ms:7.2f} {what}")
+        for step in row["longest"]:
+            print("  {ms:7.2f} {kind}: {shape} {where}".format(**step))
+        Path(cfg.out).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
