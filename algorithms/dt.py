@@ -31,6 +31,7 @@ import optax
 import tyro
 from flax import struct
 from flax.training.train_state import TrainState
+from jax.extend.random import threefry_2x32
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
@@ -94,7 +95,8 @@ class Dropout(nn.Module):
     def __call__(self, x, train):
         if not train:
             return x
-        bits = jax.random.bits(self.make_rng("dropout"), ((x.size + 1) // 2,))
+        key = jax.random.bits(self.make_rng("dropout"), (2,))
+        bits = threefry_2x32(key, jnp.arange((x.size + 1) // 2, dtype=jnp.uint32))
         bits = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(-1)[: x.size]
         keep = bits.reshape(x.shape) >= round(2**16 * self.rate)
         return jnp.where(keep, x / (1 - self.rate), 0)

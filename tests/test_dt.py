@@ -512,16 +512,19 @@ def trained(world):
 
 
 def test_a_seed_of_many_is_that_seed_alone(world, trained):
-    """100 updates of two seeds under vmap and of each alone; and a rerun, bit for bit. Actions are
-    compared: the bias of attention's keys changes none, so that rounding alone moves it."""
+    """30 updates of two seeds under vmap and of each alone (after 100 rounding has grown to 1e-5 or
+    to 1e-2); and a rerun of 100, bit for bit. Actions are compared: the bias of attention's keys
+    changes none, so that rounding alone moves it."""
+    cfg = replace(WORLD, eval_every=30)
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
-    start = jax.tree.map(lambda *x: jnp.stack(x), *(INIT(key, world, WORLD) for key in keys))
-    many = jax.jit(jax.vmap(partial(dt.train_chunk, cfg=WORLD), (0, None, 0)))(start, world, keys)
-    batch = WINDOWS(trained[0][0], world, jnp.arange(6), WORLD)
-    for i, alone in enumerate(trained):
-        mine = jax.tree.map(lambda x, i=i: x[i], many)
+    starts = [INIT(key, world, cfg) for key in keys]
+    start = jax.tree.map(lambda *x: jnp.stack(x), *starts)
+    many = jax.jit(jax.vmap(partial(dt.train_chunk, cfg=cfg), (0, None, 0)))(start, world, keys)
+    batch = WINDOWS(trained[0][0], world, jnp.arange(6), cfg)
+    for i, key in enumerate(keys):
+        mine, alone = jax.tree.map(lambda x, i=i: x[i], many), CHUNK(starts[i], world, key, cfg)
         pairs = [(FORWARD(state, batch), metrics) for state, metrics in (mine, alone)]
-        chex.assert_trees_all_close(*pairs, rtol=1e-3, atol=1e-3)
+        chex.assert_trees_all_close(*pairs, rtol=1e-5, atol=1e-5)
     again = CHUNK(INIT(keys[1], world, WORLD), world, keys[1], WORLD)
     chex.assert_trees_all_equal(again[0].actor.params, trained[1][0].actor.params)
     assert trained[0][1]["actor_loss"] != trained[1][1]["actor_loss"]
