@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gymnasium
@@ -85,11 +86,33 @@ def evaluate(policy, env_id, num_seeds, episodes, seed=0):
     counted, and the policy sees its last observation until the longest episode has ended. A seed
     with an action that is not finite has failed: its returns are all nan, the others go on.
     No episodes: an empty array, and no environment is made. Raises EvaluationError as `make`.
-    Environments are kept and shared: not for several threads.
+    Environments are kept and shared: not for several threads. They are stepped on all cores: MuJoCo
+    computes without Python's lock, and no episode knows of another.
     """
     if episodes == 0:
         return np.zeros((num_seeds, 0))
     return _rollout(policy, _pool(env_id, num_seeds * episodes), num_seeds, seed)
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+
+
+_threads = functools.cache(ThreadPoolExecutor)
+
+
+def _stepped(envs, rows, action):
+    """(row, what its environment's step returns) for these rows; each core has a part of them."""
+
+    def some(part):
+        return [(i, envs[i].step(action[i])) for i in part]
+
+    workers = min(_cores(), len(rows))
+    if workers == 1:
+        return some(rows)
+    ends = [len(rows) * k // workers for k in range(workers + 1)]
+    parts = [rows[begin:end] for begin, end in itertools.pairwise(ends)]
+    return itertools.chain.from_iterable(_threads(workers).map(some, parts))
 
 
 _fold_in = jax.jit(jax.random.fold_in)  # compiled at its first call
@@ -112,8 +135,8 @@ def _rollout(policy, envs, num_seeds, seed):
 
         action, running = action.clip(-1, 1), []
         obs, reward = obs.copy(), np.zeros_like(reward)  # anew: a carry may hold the old arrays
-        for i in active:
-            obs[i], gained, terminated, truncated, _ = envs[i].step(action[i])
+        for i, result in _stepped(envs, active, action):
+            obs[i], gained, terminated, truncated, _ = result
             reward[i] = gained
             returns[i] += gained
             if not (terminated or truncated):

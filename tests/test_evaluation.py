@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import types
 import warnings
 from functools import partial
@@ -100,6 +101,35 @@ def test_nothing_is_counted_or_stepped_after_the_end(countdown):
         returns = evaluation.evaluate(zeros, countdown, 2, 4)
         np.testing.assert_array_equal(returns, [[3, 4, 5, 5]] * 2)  # the last one by the time limit
     assert Countdown.steps_after_end == 0
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 64])
+def test_returns_are_the_same_bits_on_any_number_of_cores(cores, monkeypatch):
+    """Episodes end apart, so that there are fewer of them than cores, too."""
+    weights, act = linear("Hopper-v5", 2)
+    score = partial(evaluation.evaluate, memoryless(partial(act, weights)), "Hopper-v5", 2, 5)
+    monkeypatch.setattr(evaluation, "_cores", lambda: 1)
+    alone, threads = score(), set()
+    for env in evaluation._pool("Hopper-v5", 10):
+        monkeypatch.setattr(env, "step", noted(env.step, threads))
+    monkeypatch.setattr(evaluation, "_cores", lambda: cores)
+    np.testing.assert_array_equal(score(), alone)
+    assert (threads == {threading.main_thread()}) == (cores == 1)
+
+
+def noted(step, threads):
+    def noting(action):
+        threads.add(threading.current_thread())
+        return step(action)
+
+    return noting
+
+
+def test_an_error_of_an_environment_is_heard_from_any_core(countdown, monkeypatch):
+    monkeypatch.setattr(evaluation, "_cores", lambda: 2)
+    monkeypatch.setattr(Countdown, "step", lambda self, action: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluation.evaluate(memoryless(lambda obs: np.zeros((1, 4, 1))), countdown, 1, 4)
 
 
 def test_memory_policy_sees_the_reward_of_the_action_before(countdown):
