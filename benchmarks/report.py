@@ -223,9 +223,9 @@ def main(cfg: Config):
     runs, peers = load(results)
     if not runs:
         raise SystemExit(f"no runs in {results / 'runs'}")
-    values, planning, stitching, parity, resume, profile = (
+    values, planning, stitching, parity, resume, profile, changes = (
         json.loads((results / f"{name}.json").read_text("utf-8"))
-        for name in ("values", "planning", "stitching", "parity", "resume", "profile")
+        for name in "values planning stitching parity resume profile changes".split()
     )
     ours_by_cores, other_people = speed_tables.load(results)
     tables = {
@@ -239,6 +239,7 @@ def main(cfg: Config):
         "speed": speed_tables.own_table(ours_by_cores),
         "speed of seeds": speed_tables.seeds_table(ours_by_cores),
         "profile": speed_tables.profile_table(profile),
+        "changes": speed_tables.changes_table(changes),
         "speed of peers": speed_tables.peers_table(ours_by_cores, other_people),
     }
     figures.speed(ours_by_cores, results / "speed.png")

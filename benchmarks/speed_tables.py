@@ -1,11 +1,13 @@
-"""The README's tables of speed, in Markdown, of what speed.py, speed_profile.py and speed_peers.py
-wrote.
+"""The README's tables of speed, in Markdown, of what speed.py, speed_profile.py, speed_changes.py
+and speed_peers.py wrote.
 
 Ours is {cores: speed.py's JSON}, peers are {cores: [speed_peers.py's JSON, ...]}.
 """
 
 import importlib
 import json
+
+import numpy as np
 
 from benchmarks.score_tables import markdown
 
@@ -95,6 +97,17 @@ def profile_table(profile):
         lines.append([kind, *(f"{row['kinds_ms'][kind]:.1f}" for row in rows)])
     lines.append(["the whole update", *(f"{row['ms']:.1f}" for row in rows)])
     return markdown(["ms", *(row["row"] for row in rows)], lines)
+
+
+def changes_table(changes):
+    """Milliseconds of a row before a change and after it, medians."""
+    rows = []
+    for change in changes["rows"]:
+        old, new = (np.median(change[f"us_{when}"]) / 1000 for when in ("before", "after"))
+        cores = f"{change['cores']} core" + "s" * (change["cores"] > 1)
+        cells = [digits(old), digits(new), f"{old / new:.2f}"]
+        rows.append([change["what"], f"{change['row']}, {cores}", *cells])
+    return markdown(["change", "", "ms before", "after", "ratio"], rows)
 
 
 def theirs(peers, name):

@@ -52,6 +52,8 @@ def test_the_readmes_tables_are_the_results():
     assert section("speed of peers") == speed_tables.peers_table(ours, peers)
     profile = json.loads((RESULTS / "profile.json").read_text("utf-8"))
     assert section("profile") == speed_tables.profile_table(profile)
+    changes = json.loads((RESULTS / "changes.json").read_text("utf-8"))
+    assert section("changes") == speed_tables.changes_table(changes)
 
 
 def test_a_speed_can_be_traced():
@@ -77,6 +79,12 @@ def test_a_profile_can_be_traced():
         assert longest == sorted(longest, reverse=True)
         for kind, ms in row["kinds_ms"].items():
             assert sum(x["ms"] for x in row["longest"] if x["kind"] == kind) < 1.001 * ms
+
+
+def test_a_change_is_a_ratio_of_medians():
+    change = dict(what="a change", row="iql", cores=2, us_before=[9e3, 6e3, 5e3], us_after=[4e3])
+    (line,) = speed_tables.changes_table({"rows": [change]}).splitlines()[2:]
+    assert line == "| a change | iql, 2 cores | 6 | 4 | 1.50 |"
 
 
 def test_peers_count_at_equal_sizes_alone():

@@ -1,6 +1,8 @@
 """The FLOPs that benchmarks/speed.py divides by, beside XLA's own count of one update."""
 
+import io
 import sys
+import tarfile
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from benchmarks import flops, speed, speed_profile  # noqa: E402
+from benchmarks import flops, speed, speed_changes, speed_profile  # noqa: E402
 from common import datasets  # noqa: E402
 
 SIZES = 17, 6
@@ -89,3 +91,27 @@ def test_every_step_of_a_program_goes_to_its_kind_of_work():
     assert min(ms[x] for x in ms if x != "elementwise") > 0
     whole = 1e3 * speed.median_time(call, 0.5, 20)
     assert 0.5 < sum(ms.values()) / whole < 2  # a busy machine
+
+
+def test_two_commits_are_timed_in_turns_by_the_script_of_today(monkeypatch):
+    def archive(word, commit):
+        assert word == "archive"
+        with tarfile.open(fileobj=(file := io.BytesIO()), mode="w") as tar:
+            for name in ("algorithms/iql.py", "benchmarks/speed.py"):
+                info = tarfile.TarInfo(name)
+                info.size = len(commit)
+                tar.addfile(info, io.BytesIO(commit.encode()))
+        return file.getvalue()
+
+    def apart(script, words, cores):
+        root = Path(script).parents[1]
+        assert (root / "benchmarks/speed.py").read_text() == Path(speed.__file__).read_text()
+        assert words[:2] == ["--row", "iql:1"] and cores == 2
+        seen.append((root / "algorithms/iql.py").read_text())
+        return {"us": len(seen)}
+
+    seen = []
+    monkeypatch.setattr(speed_changes, "git", archive)
+    monkeypatch.setattr(speed, "apart", apart)
+    assert speed_changes.compare("iql", "old", "new", 2, 2) == ([1, 3], [2, 4])
+    assert seen == ["old", "new"] * 2

@@ -1,0 +1,89 @@
+"""What a change did for speed: the same row of speed.py with the files before it and after it.
+
+    python benchmarks/speed_changes.py                    # CHANGES, a quarter of an hour
+    python benchmarks/speed_changes.py --before main --after HEAD --rows iql cql
+
+Both commits are unpacked into folders of their own, timed there by the speed.py of today, in turns,
+nothing kept but the median. Writes benchmarks/results/changes.json, unless commits are given.
+"""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[1:1] = [str(ROOT)]
+from benchmarks import speed  # noqa: E402
+from common import config as machine  # noqa: E402
+
+CHANGES = (  # (what, after which commit, row, cores)
+    ("kernels (out, in): no transposed gradients", "5707632", "iql", 1),
+    ("the same", "5707632", "cql", 1),
+    ("the same", "ba5cfc2", "diffuser", 1),
+    ("dropout from 16 random bits, not 32", "4d2bad8", "dt", 1),
+    ("environments stepped on all cores", "cb247ff", "evaluation", 2),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    rows: tuple[str, ...] = ("iql",)  # of speed.py, between the two commits
+    before: str = ""  # commit; empty: CHANGES instead
+    after: str = "HEAD"  # commit
+    cores: int = 1  # that a row may use
+    rounds: int = 3  # of one and then the other
+    out: str = str(ROOT / "benchmarks/results/changes.json")
+
+
+def git(*words):
+    return subprocess.run(["git", "-C", ROOT, *words], capture_output=True, check=True).stdout
+
+
+def unpack(commit, folder):
+    """The files of a commit, with the speed.py of today."""
+    with tarfile.open(fileobj=io.BytesIO(git("archive", commit))) as files:
+        files.extractall(folder, filter="data")
+    for name in ("speed.py", "flops.py"):
+        shutil.copy(ROOT / "benchmarks" / name, folder / "benchmarks" / name)
+    return folder / "benchmarks/speed.py"
+
+
+def compare(row, before, after, cores, rounds):
+    """Microseconds of a row, in turns: two lists."""
+    taken = [], []
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        scripts = unpack(before, Path(one)), unpack(after, Path(two))
+        for _ in range(rounds):
+            for script, us in zip(scripts, taken, strict=True):
+                words = ["--row", f"{row}:1", "--seconds", "5"]
+                us.append(speed.apart(str(script), words, cores)["us"])
+    return taken
+
+
+def main(cfg: Config):
+    asked = [("", cfg.after, row, cfg.cores) for row in cfg.rows] if cfg.before else CHANGES
+    facts = machine.machine() | {"rows": []}
+    for what, after, row, cores in asked:
+        pair = cfg.before or f"{after}^", after
+        commits = [git("rev-parse", commit).decode().strip() for commit in pair]
+        taken = compare(row, *commits, cores, cfg.rounds)
+        old, new = map(np.median, taken)
+        print(f"{row}: {old / 1000:.3g} ms, then {new / 1000:.3g}: {old / new:.2f} times as fast")
+        names = ("what", "row", "cores", "before", "after", "us_before", "us_after")
+        values = (what, row, cores, *commits, *taken)
+        facts["rows"].append(dict(zip(names, values, strict=True)))
+    if not cfg.before:
+        Path(cfg.out).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config))
