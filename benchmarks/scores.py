@@ -115,13 +115,23 @@ def essence(cfg):
     return dataclasses.replace(cfg, out="", resume="", wandb=False)
 
 
+def left_to_the_run(wanted, stored, words):
+    """`wanted`, but None as the stored run has it where its command, these words, set nothing: DT's
+    targets, for one, are then the data's best return."""
+    flags = {word.split("=")[0].replace("_", "-") for word in words}
+    names = [name for name, value in vars(wanted).items() if value is None]
+    names = [name for name in names if "--" + name.replace("_", "-") not in flags]
+    return dataclasses.replace(wanted, **{name: getattr(stored, name) for name in names})
+
+
 def find(cell, out):
     """("done", "partly done" or "missing", the newest such run folder of this config)."""
     found = {"missing": None}
     for folder in sorted(out.glob(f"{cell.algorithm}/*/*/")):
         with suppress(config.RunError, OSError, ValueError):  # damaged: as if it were not there
-            stored = config.build(type(cell.config), config.read(folder)["config"], folder)
-            if essence(stored) == cell.config:
+            info = config.read(folder)
+            stored = config.build(type(cell.config), info["config"], folder)
+            if essence(stored) == left_to_the_run(cell.config, stored, info["command"]):
                 path, last = folder / "returns.json", str(cell.config.num_updates)
                 if path.exists() and last in json.loads(path.read_text("utf-8")):
                     found["done"] = folder

@@ -108,6 +108,24 @@ def test_another_config_is_not_mistaken_for_done(grid, capsys, words, states):
     assert sorted(grid[0].rglob("*")) == before
 
 
+def test_a_setting_that_the_data_decide_does_not_hide_a_run(tmp_path):
+    """DT asks for the data's best return where nothing is asked for; a run told to is another."""
+    words = ["--algorithms=dt", "--num-seeds=1", "--updates=20", "--datasets", PENDULUM]
+    flags = "--eval-every 20 --eval-episodes 1 --width 8 --layers 1 --context 2 --batch-size 4"
+    told = f"{flags} --targets -300"
+    for more in (told, flags):
+        code, text = command(*words, f"--flags={more}", out=tmp_path)
+        assert code == 0 and ": done in " in text
+    runs = [json.loads((x / "config.json").read_text())["config"] for x in folders(tmp_path)]
+    asked = sorted(run["targets"][0] for run in runs)
+    assert asked[0] == -300 and asked[1] > -300
+    for more, mine in ((told, asked[0]), (flags, asked[1])):
+        (cell,) = scores.grid(parse([*words, f"--flags={more}"], tmp_path))
+        state, folder = scores.find(cell, tmp_path)
+        info = json.loads((folder / "config.json").read_text())
+        assert state == "done" and info["config"]["targets"] == [mine]
+
+
 def test_a_dry_run_says_the_command(grid, capsys, tmp_path):
     """Of what is missing a command that can be typed; of what is done its folder."""
     for folder in folders(grid[0]):  # a copy where one run has only a checkpoint, the other nothing
