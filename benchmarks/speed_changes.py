@@ -1,6 +1,6 @@
 """What a change did for speed: the same row of speed.py with the files before it and after it.
 
-    python benchmarks/speed_changes.py                    # CHANGES, a quarter of an hour
+    python benchmarks/speed_changes.py                    # CHANGES, some minutes
     python benchmarks/speed_changes.py --before main --after HEAD --rows iql cql
 
 Both commits are unpacked into folders of their own, timed there by the speed.py of today, in turns,
@@ -27,8 +27,6 @@ from common import config as machine  # noqa: E402
 
 CHANGES = (  # (what, after which commit, row, cores)
     ("kernels (out, in): no transposed gradients", "5707632", "iql", 1),
-    ("the same", "5707632", "cql", 1),
-    ("the same", "ba5cfc2", "diffuser", 1),
     ("dropout from 16 random bits, not 32", "4d2bad8", "dt", 1),
     ("environments stepped on all cores", "cb247ff", "evaluation", 2),
 )
