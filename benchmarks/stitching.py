@@ -27,7 +27,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))  # finds common/
 sys.path.insert(2, str(ROOT / "algorithms"))
-from common import datasets, experiment, policy  # noqa: E402
+from common import config, datasets, experiment, policy  # noqa: E402
 
 PLACES = {"A": (-1, 0), "B": (0, 0), "C": (1, 1), "D": (1, -1), "F": (-1, -1)}
 PATHS = ("AF", "ABD", "BC")
@@ -51,6 +51,7 @@ RUNS = {  # who: (file, settings)
     "AWAC": ("awac", TD | dict(lr=1e-3)),
     "IQL": ("iql", TD | dict(lr=1e-3, tau=0.9)),
     "CQL": ("cql", TD),
+    "CQL, alpha 0.2": ("cql", TD | dict(alpha=0.2)),
     "COMBO": ("combo", TD | COMBO),
 }
 
@@ -123,7 +124,7 @@ def train(who, data, cfg):
         state = state.replace(dynamics=module.fit_dynamics(keys, batch, own, lambda line: None))
         chunk = partial(chunk, terminal=ended)
     state, _ = jax.jit(jax.vmap(chunk, (0, None, 0)))(state, batch, keys)
-    return jax.vmap(policy.pure(module, own), (0, 0, 0, 0, None)), state
+    return policy.of_seeds(module, own), state
 
 
 def episodes_from_a(act, state, cfg):
@@ -183,7 +184,8 @@ def main(cfg: Config):
         )
     results = Path(cfg.results)
     results.mkdir(parents=True, exist_ok=True)
-    record = {"config": {k: v for k, v in vars(cfg).items() if k != "results"}, "runs": found}
+    settings = {k: v for k, v in vars(cfg).items() if k != "results"}
+    record = config.machine() | {"config": settings, "runs": found}
     (results / "stitching.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     plot(data, paths, results / "stitching.png")
 

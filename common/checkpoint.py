@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -28,6 +29,31 @@ def write(path, content):
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def alone(folder):
+    """Keeps other processes from training in a run folder; RunError where one already does.
+
+    Where the file system knows no such locks, none is kept.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    place = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(place)
+        raise RunError(f"Another process is training in {folder}.") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(place)  # and the lock is gone, as when the process dies
 
 
 def save(folder, step, state):

@@ -267,7 +267,7 @@ def main(
     env_id = data["env_id"]
     if not 0 <= seed < cfg.num_seeds:
         raise EvaluationError(f"{run} holds seeds 0 to {cfg.num_seeds - 1}, counted from 0.")
-    act = jax.jit(jax.vmap(policy.pure(module, cfg), (0, 0, 0, 0, None)))
+    act = jax.jit(policy.of_seeds(module, cfg))
     if video:
         act = functools.partial(act, jax.tree.map(lambda x: x[seed : seed + 1], state))
         returns = film(act, env_id, video, episodes or 1)

@@ -165,6 +165,7 @@ class Run:
         if not self._console.is_terminal:
             self.log(status)
         with (
+            checkpoint.alone(self.folder),
             closing(self._boards),
             self._console.status(status) as self._status,
             interrupt.heard(self._stop_soon, self._stop_now),

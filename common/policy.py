@@ -20,6 +20,13 @@ def pure(module, cfg):
     return partial(module.act, cfg=cfg)
 
 
+def of_seeds(module, cfg):
+    """The same for all seeds, on axis 0, as the file itself evaluates them; not jitted."""
+    if hasattr(module, "act_all"):
+        return partial(module.act_all, cfg=cfg)
+    return jax.vmap(pure(module, cfg), (0, 0, 0, 0, None))
+
+
 class Policy:
     """Calls `act`, see `pure`, and keeps its memory from one step of an episode to the next."""
 

@@ -16,6 +16,7 @@ from flax.training.train_state import TrainState
 from float64 import assert_first_adam_step, f64, gradient
 
 from common import datasets, experiment
+from common.policy import of_seeds
 
 D, A = 3, 2
 H, T, E = 4, 6, 3
@@ -689,7 +690,7 @@ def test_a_plan_is_made_only_when_due_for_every_seed_alone(state, monkeypatch):
     monkeypatch.setattr(diffuser, "plan", counting)
     cfg, carry = replace(CFG, plan_every=3, ddim_steps=2, warm_start=1), None
     states = jax.tree.map(lambda *x: jnp.stack(x), small(state), small(state, 1))
-    policy = jax.jit(partial(diffuser.act_all, cfg=cfg))
+    policy = jax.jit(of_seeds(diffuser, cfg))  # which scores and films
     for step in range(7):
         obs = jax.random.normal(jax.random.key(step), (2, E, D))
         action, carry = policy(states, carry, obs, jnp.zeros((2, E)), KEY)

@@ -662,6 +662,17 @@ def test_second_interrupt_ends_at_once(tmp_path):
     assert checkpoint.read(folder)[0] == 10
 
 
+def test_one_process_at_a_time(tmp_path, whole):
+    """Two that resume one run would write over each other's checkpoints; a dead one is no bar."""
+    with started(tmp_path, "--delay", "0.5") as (process, wait_for):
+        wait_for("20/50")
+        (folder,) = tmp_path.glob("toy/*/*")
+        with pytest.raises(experiment.RunError, match="Another process is training"):
+            toy.main(toy.Config(resume=str(folder)))
+        process.kill()
+    assert equal(toy.main(toy.Config(resume=str(folder))).folder, whole.folder)
+
+
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     heard = []
