@@ -45,10 +45,17 @@ def test_dynamic_programming_goes_from_a_to_c(who, updates, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("who", ["CQL", "COMBO"])
+@pytest.mark.parametrize("who", ["CQL, alpha 0.2", "COMBO"])
 def test_so_do_the_conservative_ones(who, data):
     to_c, _ = arrivals(who, data, 8000)
     assert to_c > 0.8
+
+
+@pytest.mark.slow
+def test_much_conservatism_prefers_the_short_way(data):
+    """The penalty is paid at every step: with CQL's default weight C is too far away."""
+    _, to_f = arrivals("CQL", data, 8000)
+    assert to_f > 0.8
 
 
 @pytest.mark.parametrize("who", ["BC", "%BC, best half"])
