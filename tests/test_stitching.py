@@ -15,9 +15,9 @@ def data():
     return stitching.dataset()
 
 
-def arrivals(who, data, updates):
-    """The shares of one seed's episodes from A that end at C and at F."""
-    cfg = stitching.Config(updates=updates, seeds=1, episodes=20)
+def arrivals(who, data, updates, seeds=1):
+    """The shares of the seeds' episodes from A that end at C and at F."""
+    cfg = stitching.Config(updates=updates, seeds=seeds, episodes=20)
     _, returns = stitching.episodes_from_a(*stitching.train(who, data, cfg), cfg)
     return (returns == 10).mean(), (returns == 5).mean()
 
@@ -46,9 +46,16 @@ def test_dynamic_programming_goes_from_a_to_c(who, updates, data):
 
 @pytest.mark.slow
 def test_so_does_the_conservative_one_if_its_weight_is_small(data):
-    """COMBO is not asked: at its weight rounding decides where a seed goes."""
     to_c, _ = arrivals("CQL, alpha 0.2", data, 8000)
     assert to_c > 0.8
+
+
+@pytest.mark.slow
+def test_some_seed_of_combo_goes_to_c_and_most_arrive(data):
+    """At its weight rounding decides where a seed goes: two of three to C, here."""
+    to_c, to_f = arrivals("COMBO", data, 8000, seeds=3)
+    assert to_c > 0.3
+    assert to_c + to_f > 0.8
 
 
 @pytest.mark.slow
