@@ -3,8 +3,9 @@
     python benchmarks/planning.py runs/diffuser/... runs/diffuser/...
 
 measures the exact planner and faster ones (DDIM with fewer steps, several actions of a plan, a warm
-start from the plan before) on each run's first seed, into planning.json in benchmarks/results. With
---no-scores only the times, which want an otherwise idle machine; what was scored before is kept.
+start from the plan before) on each run's first seed, into planning.json in benchmarks/results; rows
+of other datasets stay there. With --no-scores only the times, which want an otherwise idle machine;
+what the same run scored before is kept.
 Of runs in a maze it also draws plans.png: plans, and the ways then walked.
 """
 
@@ -22,7 +23,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))  # finds common/
-from common import datasets, evaluation, experiment  # noqa: E402
+from benchmarks.score_runs import origin  # noqa: E402
+from common import config, datasets, evaluation, experiment  # noqa: E402
 
 EXACT = dict(plan_every=1, ddim_steps=0, warm_start=0, samples=64)
 VARIANTS = {  # the ways to plan towards a high return, and those towards a goal
@@ -44,6 +46,8 @@ VARIANTS = {  # the ways to plan towards a high return, and those towards a goal
         "plan every 32, warm start 16": dict(plan_every=32, warm_start=16),
     },
 }
+
+SAME = "command", "commit", "variant"  # of a row whose scores are kept
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ def measure(run, cfg, known):
             policy = jax.jit(partial(module.act_all, cfg=replace(own, **settings)))
             policy, every = partial(policy, state), settings["plan_every"]
         row = {"dataset": own.env, "variant": name, "num_updates": own.num_updates}
-        row["folder"] = "/".join(Path(run).resolve().parts[-3:])
+        row |= origin(run)
         for episodes in (1, 10):
             spent = seconds(policy, data.obs, episodes, every, cfg.plans)
             row[f"ms_{episodes}"] = 1000 * spent / (every or limit)
@@ -100,8 +104,8 @@ def measure(run, cfg, known):
             returns = evaluation.evaluate(policy, data.env_id, 1, cfg.episodes)
             row |= {"returns": returns[0].tolist(), "scores": data.score(returns[0]).tolist()}
         else:
-            old = [r for r in known if (r["folder"], r["variant"]) == (row["folder"], name)]
-            row |= {k: r[k] for r in old for k in ("returns", "scores") if k in r}
+            same = [old for old in known if all(old.get(k) == row[k] for k in SAME)]
+            row |= {k: old[k] for old in same for k in ("returns", "scores") if k in old}
         print({k: v for k, v in row.items() if k != "returns"}, flush=True)
         rows.append(row)
     return rows
@@ -159,9 +163,12 @@ def main(cfg: Config):
     results = Path(cfg.results)
     results.mkdir(parents=True, exist_ok=True)
     path = results / "planning.json"
-    known = json.loads(path.read_text("utf-8")) if path.exists() else []
+    known = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
     rows = [row for run in cfg.runs for row in measure(run, cfg, known)]
-    path.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    measured = {row["dataset"] for row in rows}
+    rows += [row for row in known if row["dataset"] not in measured]
+    record = config.machine() | {"rows": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     for run in cfg.runs:
         if experiment.load(run)[1].goal:
             plot(run, results / "plans.png")

@@ -21,7 +21,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))  # finds common/
 from benchmarks import figures, score_tables, speed_tables, stats  # noqa: E402
-from benchmarks.score_runs import merge, together  # noqa: E402
+from benchmarks.score_runs import command, merge, together  # noqa: E402
 
 SCORES = {  # marks in the README, and who writes there
     "headline": score_tables.headline,
@@ -62,15 +62,11 @@ def collect(folder):
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["step"] in returns]
     made = dataset["metadata"].get("stillwater", {})
-    words = [Path(info["command"][0]).name, *info["command"][1:]]
-    if "--out" in words:  # says nothing but where the run folder was
-        at = words.index("--out")
-        words = words[:at] + words[at + 2 :]
     return {
         "algorithm": info["algorithm"],
         "dataset": dataset["name"],
         "env_id": dataset["env_id"],
-        "command": "python algorithms/" + " ".join(words),
+        "command": command(info),
         "config": {k: v for k, v in config.items() if k not in ("out", "resume", "wandb")},
         **{k: info[k] for k in ("commit", "versions", "device")},
         "data": {
@@ -233,8 +229,8 @@ def main(cfg: Config):
         "peers": peers_table(runs, peers),
         "parity": parity_table(parity),
         "resume": resume_table(resume["rows"]),
-        "values": value_table(values),
-        "planning": planning_table(planning),
+        "values": value_table(values["rows"]),
+        "planning": planning_table(planning["rows"]),
         "stitching": stitching_table(stitching["runs"]),
         "speed": speed_tables.own_table(ours_by_cores),
         "speed of seeds": speed_tables.seeds_table(ours_by_cores),

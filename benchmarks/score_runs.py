@@ -3,6 +3,7 @@
 import json
 import re
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +25,21 @@ SHORT = {  # flags of the short budget (scores.py) and of its forerunners
     "diffuser": "batch-size lr plan-every ddim-steps samples".split(),
 }
 ROBOTS = ("HalfCheetah", "Hopper", "Walker2d", "Ant")
+
+
+def command(info):
+    """What was typed for a run, of its config.json; without --out, which only says where."""
+    words = [Path(info["command"][0]).name, *info["command"][1:]]
+    if "--out" in words:
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    return "python algorithms/" + " ".join(words)
+
+
+def origin(folder):
+    """What makes a run folder's policy anew: {"command": ..., "commit": ...}."""
+    info = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    return {"command": command(info), "commit": info["commit"]}
 
 
 def title(run):

@@ -18,7 +18,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))  # finds common/
-from common import datasets, evaluation, experiment  # noqa: E402
+from benchmarks.score_runs import origin  # noqa: E402
+from common import config, datasets, evaluation, experiment  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def measure(run, cfg):
     returns = evaluation.evaluate(partial(act, state), data.env_id, 1, total)
     return {
         "dataset": own.env,
-        "folder": "/".join(Path(run).resolve().parts[-3:]),
+        **origin(run),
         "num_updates": own.num_updates,
         "asked": asked.tolist(),
         "achieved": returns.reshape(cfg.targets, cfg.episodes).tolist(),
@@ -83,7 +84,8 @@ def main(cfg: Config):
             print(f"{row['dataset']}: asked {asked:.0f}, achieved {np.mean(achieved):.0f}")
     results = Path(cfg.results)
     results.mkdir(parents=True, exist_ok=True)
-    (results / "targets.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
+    record = config.machine() | {"rows": rows}
+    (results / "targets.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     plot(rows, results / "targets.png")
 
 

@@ -22,7 +22,8 @@ import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))  # finds common/
-from common import datasets, evaluation, experiment  # noqa: E402
+from benchmarks.score_runs import origin  # noqa: E402
+from common import config, datasets, evaluation, experiment  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def measure(run, cfg):
         title += f", beta {own.beta:g}"
     return {
         "run": title,
-        "folder": "/".join(Path(run).resolve().parts[-3:]),
+        **origin(run),
         "dataset": own.env,
         "num_updates": own.num_updates,
         "q_data": float(jnp.mean(q(obs, action))),
@@ -99,7 +100,9 @@ def main(cfg: Config):
     rows = [measure(run, cfg) for run in cfg.runs]
     for row in rows:
         print(", ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
-    Path(cfg.out).write_text(json.dumps(rows, indent=1) + "\n")
+    settings = {k: v for k, v in vars(cfg).items() if k not in ("runs", "out")}
+    record = config.machine() | {"config": settings, "rows": rows}
+    Path(cfg.out).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""planning.py's clock and its floor in the maze."""
+"""planning.py's clock, its floor in the maze, and what it keeps."""
 
+import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -39,3 +41,18 @@ def test_where_one_plan_serves_an_episode_it_is_the_first_that_counts():
         return None, 0
 
     assert 0.05 <= planning.seconds(policy, np.zeros((5, 6)), 1, 0, 3) < 0.5
+
+
+def test_rows_of_other_datasets_stay(tmp_path, monkeypatch):
+    """Two datasets measured one after the other; the first one again, from another run."""
+
+    def measure(run, cfg, known):
+        return [{"dataset": run[0], "run": run, "known": len(known)}]
+
+    goalless = (None, SimpleNamespace(goal=False), None)
+    monkeypatch.setattr(planning, "measure", measure)
+    monkeypatch.setattr(planning.experiment, "load", lambda run: goalless)
+    for run in ("a1", "b1", "a2"):
+        planning.main(planning.Config(runs=(run,), results=str(tmp_path)))
+    rows = json.loads((tmp_path / "planning.json").read_text("utf-8"))["rows"]
+    assert [(row["run"], row["known"]) for row in rows] == [("a2", 2), ("b1", 1)]
