@@ -127,6 +127,16 @@ def test_a_result_can_be_traced(path):
     assert run["data"]["source"] == "ours"
 
 
+def test_a_value_can_be_traced():
+    """Commit and versions of the measuring; command and commit of each run."""
+    record = json.loads((RESULTS / "values.json").read_text("utf-8"))
+    assert {"jax", "mujoco"} <= record["versions"].keys()
+    for facts in (record, *record["rows"]):
+        assert re.fullmatch(r"[0-9a-f]{40}", facts["commit"])
+    for row in record["rows"]:
+        assert re.fullmatch(r"python algorithms/\w+\.py .+", row["command"])
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A finished run of two seeds of two episodes; 0 and 100 score 0 and 100."""
