@@ -23,7 +23,10 @@ SHORT = ["--num-updates", "100", "--eval-every", "50", "--eval-episodes", "2"]
 EXTRA = {
     "diffuser": "--width 16 --multiples 1 2 --horizon 4 --samples 2 --ddim-steps 2".split(),
     "dt": "--width 16 --layers 1 --context 5".split(),
-    "combo": "--max-epochs 1 --rollout-every 25 --rollout-batch 1000".split(),
+    "combo": (
+        "--widths 32 32 --max-epochs 1 --model-widths 32 32 --model-decay 0 0 0"
+        " --rollout-every 25 --rollout-batch 1000"
+    ).split(),
 }
 
 
