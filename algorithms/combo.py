@@ -48,7 +48,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
 
 # The port's values where they depend on the data; the longest name that fits, see Config.
-PAPER = {
+TUNED = {
     "default": dict(horizon=5, beta=5.0),
     "halfcheetah-medium": dict(horizon=5, beta=0.5),
     "halfcheetah-medium-replay": dict(horizon=5, beta=0.5),
@@ -69,7 +69,8 @@ class Config:
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 1_000_000  # gradient steps
-    eval_every: int = 10_000  # gradient steps between evaluations; one compiled chunk
+    log_every: int = 1_000  # gradient steps of one compiled chunk, between two lines of the log
+    eval_every: int = 10_000  # gradient steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation and seed
     out: str = "runs"  # where run folders go
     resume: str = ""  # run folder to continue
@@ -82,17 +83,17 @@ class Config:
     widths: tuple[int, ...] = (256, 256, 256)  # hidden layers of policy and critics
     normalize: bool = False  # standardise observations
     # --- COMBO ---
-    beta: float | None = None  # weight of the penalty; None: PAPER, else 5
+    beta: float | None = None  # weight of the penalty; None: TUNED, else 5
     num_actions: int = 10  # sampled actions of each of the three kinds
     max_backup: bool = False  # the target takes the best of num_actions next actions
     real_fraction: float = 0.5  # f, the data's part of a minibatch
     rho: Literal["mixture", "model"] = "mixture"  # states at which Q is pushed down
-    horizon: int | None = None  # steps of a model rollout; None: PAPER, else 5
+    horizon: int | None = None  # steps of a model rollout; None: TUNED, else 5
     rollout_every: int = 1_000  # gradient steps between rollouts
     rollout_batch: int = 50_000  # rows of a rollout, started from states of the data
-    retain: int = 5  # rollouts that the ring holds
+    retain: int = 5  # rollouts that the replay buffer holds
     termination: bool = True  # rollouts stop at the environment's terminal states
-    save_every: int = 20_000  # gradient steps between checkpoints: they hold the ring
+    save_every: int = 20_000  # gradient steps between checkpoints: they hold the replay buffer
     # --- Dynamics ---
     model_widths: tuple[int, ...] = (200, 200, 200, 200)  # hidden layers of a member
     model_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # weight decay by layer
@@ -213,6 +214,11 @@ class Fit:
     holdout: jax.Array  # (H,) rows kept for validation
 
 
+def known_rows(data):
+    """(N,) bool: the rows of a Batch whose next_obs is known, see datasets.Batch."""
+    return (data.done == 0) | (data.next_obs != data.obs).any(-1)
+
+
 def model_pairs(data, rows):
     """Inputs (s, a) and targets (s' - s, r) at those rows of a Batch."""
     obs, action, reward, next_obs, _ = jax.tree.map(lambda x: x[rows], data)
@@ -295,7 +301,9 @@ def elites(fit, cfg):
 
 def fit_dynamics(keys, data, cfg, log):
     """The elites of each seed, trained epoch by epoch until the holdout error falls for none."""
+    data = jax.tree.map(lambda x: x[known_rows(data)], data)
     fold = jax.vmap(jax.random.fold_in, (0, None))
+    keys = fold(keys, jnp.uint32(2**31))  # beyond every update's
     fit = jax.jit(jax.vmap(partial(init_fit, cfg=cfg), (0, None)))(fold(keys, 0), data)
     train = jax.jit(jax.vmap(partial(fit_epoch, cfg=cfg), (0, None, 0)), donate_argnums=0)
     for epoch in range(1, cfg.max_epochs + 1):
@@ -318,26 +326,26 @@ def model_step(dynamics, obs, action, key, cfg):
     return obs + step[:, :-1], step[:, -1]
 
 
-# --- The ring of model data ---
+# --- Replay buffer of model data ---
 
 
 @struct.dataclass
-class Ring:
-    rows: datasets.Batch  # the last `capacity` rows pushed
-    total: jax.Array  # rows ever pushed
+class ReplayBuffer:
+    rows: datasets.Batch  # the last `capacity` rows added
+    total: jax.Array  # rows ever added
 
     @property
     def filled(self):
         return jnp.minimum(self.total, len(self.rows.reward))
 
 
-def push(ring, batch, keep):
+def add(buffer, batch, keep):
     """Appends the rows of `batch` where `keep`, over the oldest ones; at most `capacity` rows."""
-    capacity = len(ring.rows.reward)
-    slot = (ring.total + jnp.cumsum(keep) - 1) % capacity
+    capacity = len(buffer.rows.reward)
+    slot = (buffer.total + jnp.cumsum(keep) - 1) % capacity
     slot = jnp.where(keep, slot, capacity)  # out of bounds, dropped
-    rows = jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), ring.rows, batch)
-    return Ring(rows, ring.total + keep.sum())
+    rows = jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), buffer.rows, batch)
+    return ReplayBuffer(rows, buffer.total + keep.sum())
 
 
 @struct.dataclass
@@ -349,7 +357,7 @@ class State:
     obs_mean: jax.Array  # (D,)
     obs_std: jax.Array  # (D,)
     dynamics: Dynamics  # the elites
-    ring: Ring
+    buffer: ReplayBuffer
 
 
 def init(key, data, cfg):
@@ -374,7 +382,7 @@ def init(key, data, cfg):
         obs_mean=data.obs.mean(0) if cfg.normalize else jnp.zeros_like(obs),
         obs_std=data.obs.std(0) + 1e-3 if cfg.normalize else jnp.ones_like(obs),
         dynamics=elites(init_fit(k_fit, data, cfg), cfg),  # untrained, see fit_dynamics
-        ring=Ring(rows, jnp.zeros((), int)),
+        buffer=ReplayBuffer(rows, jnp.zeros((), int)),
     )
 
 
@@ -500,29 +508,38 @@ def minibatch(state, data, rows):
     return batch._replace(obs=obs, next_obs=next_obs)
 
 
-def train_chunk(state, data, key, cfg, terminal):
-    """`eval_every` updates, a rollout before each `rollout_every` of them; metrics averaged."""
+def train_chunk(state, data, key, step, cfg, terminal):
+    """The `log_every` updates up to update `step`, a rollout before each `rollout_every` of them.
+
+    Metrics averaged. Update t draws from fold_in(key, t): a run does not depend on how it is cut
+    into chunks.
+    """
     num_real = int(cfg.real_fraction * cfg.batch_size)
 
-    def step(state, key):
-        k_real, k_model, k_update = jax.random.split(key, 3)
+    def keys(t):
+        return jax.random.split(jax.random.fold_in(key, t), 4)
+
+    def one(state, t):
+        _, k_real, k_model, k_update = keys(t)
         rows = jax.random.randint(k_real, (num_real,), 0, len(data.reward))
         real = minibatch(state, data, rows)
-        rows = jax.random.randint(k_model, (cfg.batch_size - num_real,), 0, state.ring.filled)
-        model = minibatch(state, state.ring.rows, rows)
+        rows = jax.random.randint(k_model, (cfg.batch_size - num_real,), 0, state.buffer.filled)
+        model = minibatch(state, state.buffer.rows, rows)
         batch = jax.tree.map(lambda *x: jnp.concatenate(x), real, model)
         return update(state, batch, k_update, cfg)
 
-    def block(state, key):
-        k_rollout, k_steps = jax.random.split(key)
-        state = state.replace(
-            ring=push(state.ring, *rollout(state, data, k_rollout, cfg, terminal))
-        )
-        return jax.lax.scan(step, state, jax.random.split(k_steps, num_steps))
+    def imagine(state, t):
+        rows = rollout(state, data, keys(t)[0], cfg, terminal)
+        return state.replace(buffer=add(state.buffer, *rows))
 
-    num_steps = min(cfg.rollout_every, cfg.eval_every)
-    keys = jax.random.split(key, cfg.eval_every // num_steps)
-    state, metrics = jax.lax.scan(block, state, keys)
+    def block(state, steps):
+        due = (steps[0] - 1) % cfg.rollout_every == 0
+        state = jax.lax.cond(due, imagine, lambda state, _: state, state, steps[0])
+        return jax.lax.scan(one, state, steps)
+
+    steps = step - jnp.arange(cfg.log_every)[::-1]
+    steps = steps.reshape(-1, min(cfg.rollout_every, cfg.log_every))
+    state, metrics = jax.lax.scan(block, state, steps)
     return state, jax.tree.map(jnp.mean, metrics)
 
 
@@ -531,10 +548,19 @@ def act(state, obs):
     return state.actor.apply_fn(state.actor.params, normalise(state, obs)).mode()
 
 
-def check(cfg):
-    """SystemExit where the sizes do not divide."""
-    if cfg.eval_every % min(cfg.rollout_every, cfg.eval_every):
-        raise SystemExit("--eval-every must be a multiple of --rollout-every, or below it.")
+def policy(cfg):
+    """`act` as evaluation calls it: (state, carry, obs, reward, key) -> (action, carry)."""
+    return evaluation.stateless(act)
+
+
+def check(cfg, dataset):
+    """SystemExit where sizes do not fit each other or the data."""
+    few, many = sorted((cfg.log_every, cfg.rollout_every))
+    if many % few:
+        raise SystemExit(
+            f"--log-every {cfg.log_every}, --rollout-every {cfg.rollout_every}: one must be a "
+            "multiple of the other."
+        )
     if cfg.rollout_batch % cfg.num_elites or not 1 <= cfg.num_elites <= cfg.num_members:
         raise SystemExit("--num-elites must divide --rollout-batch, and be at most --num-members.")
     if not 1 <= int(cfg.real_fraction * cfg.batch_size) < cfg.batch_size:
@@ -543,39 +569,43 @@ def check(cfg):
         raise SystemExit("--model-decay needs one value more than --model-widths.")
     if (size := cfg.num_seeds * cfg.retain * cfg.rollout_batch * cfg.horizon) > 10**9:
         raise SystemExit(f"--retain, --rollout-batch, --horizon: {size:,} rows are too many.")
+    if known_rows(dataset.transitions()).sum() < 5:  # one of them for the holdout
+        raise SystemExit(f"{dataset.name}: a model needs 5 rows whose next_obs is known, or more.")
 
 
-def main(cfg: Config):
-    cfg = experiment.resolve(cfg, PAPER)  # --resume: the run's own config
-    check(cfg)
-    data = datasets.load(cfg.env, cfg.env_id)
-    terminal = evaluation.termination(data.env_id) if cfg.termination else never
-    batch = data.transitions()
-    known = (batch.done == 0) | (batch.next_obs != batch.obs).any(-1)  # see datasets.Batch
-    if known.sum() < 5:  # one of them for the holdout
-        raise SystemExit(f"{data.name}: a model needs 5 rows whose next_obs is known, or more.")
-    run = experiment.Run(cfg, data)
+def train(cfg, dataset):
+    """Trains `cfg.num_seeds` policies on a Dataset; their State, seeds on axis 0."""
+    cfg = experiment.resolve(cfg, TUNED, dataset)
+    check(cfg, dataset)
+    terminal = evaluation.termination(dataset.env_id) if cfg.termination else never
+    run = experiment.Run(cfg, dataset)
+    data = dataset.transitions()
 
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))
-    fold = jax.vmap(jax.random.fold_in, (0, None))  # step 0 initialises, step n > 0 trains
     start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
-    state = run.restore(start(fold(keys, 0), batch))
+    state = run.restore(start(jax.vmap(jax.random.fold_in, (0, None))(keys, 0), data))
     if run.step == 0:
-        rows = jax.tree.map(lambda x: x[known], batch)
-        model_keys = fold(keys, cfg.num_updates + 1)  # beyond every step's
-        state = state.replace(dynamics=fit_dynamics(model_keys, rows, cfg, run.log))
-    chunk = partial(train_chunk, cfg=cfg, terminal=terminal)
-    chunk = jax.jit(jax.vmap(chunk, (0, None, 0)), donate_argnums=0)
-    policy = jax.jit(jax.vmap(evaluation.stateless(act), (0, 0, 0, 0, None)))
+        state = state.replace(dynamics=fit_dynamics(keys, data, cfg, run.log))
+    chunk = jax.vmap(partial(train_chunk, cfg=cfg, terminal=terminal), (0, None, 0, None))
+    chunk = jax.jit(chunk, donate_argnums=0)
+    policies = jax.jit(jax.vmap(policy(cfg), (0, 0, 0, 0, None)))
 
-    for step in run.steps():  # eval_every, 2 eval_every, ..., num_updates
-        state, metrics = chunk(state, batch, fold(keys, step))
-        returns = evaluation.evaluate(
-            partial(policy, state), data.env_id, cfg.num_seeds, cfg.eval_episodes
-        )
+    for step in run.steps():  # log_every, 2 log_every, ..., num_updates
+        state, metrics = chunk(state, data, keys, step)
+        returns = None
+        if step % cfg.eval_every == 0:
+            returns = evaluation.evaluate(
+                partial(policies, state), dataset.env_id, cfg.num_seeds, cfg.eval_episodes
+            )
         run.record(step, metrics, returns)
         run.save(step, state)
     run.finish()
+    return state
+
+
+def main(cfg: Config):
+    cfg = experiment.resolve(cfg, TUNED)  # --resume: the run's own config
+    train(cfg, datasets.load(cfg.env, cfg.env_id))
 
 
 if __name__ == "__main__":

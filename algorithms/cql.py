@@ -47,7 +47,8 @@ class Config:
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 1_000_000  # gradient steps
-    eval_every: int = 10_000  # gradient steps between evaluations; one compiled chunk
+    log_every: int = 1_000  # gradient steps of one compiled chunk, between two lines of the log
+    eval_every: int = 10_000  # gradient steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation and seed
     out: str = "runs"  # where run folders go
     resume: str = ""  # run folder to continue
@@ -274,15 +275,19 @@ def minibatch(state, data, rows):
     return batch._replace(obs=obs, next_obs=next_obs)
 
 
-def train_chunk(state, data, key, cfg):
-    """`eval_every` updates on minibatches of `data`, a Batch of N rows; metrics averaged."""
+def train_chunk(state, data, key, step, cfg):
+    """The `log_every` updates up to update `step`, on minibatches of `data`, a Batch of N rows.
 
-    def step(state, key):
-        k_rows, k_update = jax.random.split(key)
+    Metrics averaged. Update t draws from fold_in(key, t): a run does not depend on how it is cut
+    into chunks.
+    """
+
+    def one(state, t):
+        k_rows, k_update = jax.random.split(jax.random.fold_in(key, t))
         rows = jax.random.randint(k_rows, (cfg.batch_size,), 0, len(data.reward))
         return update(state, minibatch(state, data, rows), k_update, cfg)
 
-    state, metrics = jax.lax.scan(step, state, jax.random.split(key, cfg.eval_every))
+    state, metrics = jax.lax.scan(one, state, step - jnp.arange(cfg.log_every)[::-1])
     return state, jax.tree.map(jnp.mean, metrics)
 
 
@@ -291,27 +296,40 @@ def act(state, obs):
     return state.actor.apply_fn(state.actor.params, normalise(state, obs)).mode()
 
 
-def main(cfg: Config):
-    cfg = experiment.resolve(cfg)  # --resume: the run's own config
-    data = datasets.load(cfg.env, cfg.env_id)
-    run = experiment.Run(cfg, data)
-    batch = data.transitions()
+def policy(cfg):
+    """`act` as evaluation calls it: (state, carry, obs, reward, key) -> (action, carry)."""
+    return evaluation.stateless(act)
+
+
+def train(cfg, dataset):
+    """Trains `cfg.num_seeds` policies on a Dataset; their State, seeds on axis 0."""
+    cfg = experiment.resolve(cfg, {}, dataset)
+    run = experiment.Run(cfg, dataset)
+    data = dataset.transitions()
 
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))
-    fold = jax.vmap(jax.random.fold_in, (0, None))  # step 0 initialises, step n > 0 trains
     start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
-    state = run.restore(start(fold(keys, 0), batch))
-    chunk = jax.jit(jax.vmap(partial(train_chunk, cfg=cfg), (0, None, 0)), donate_argnums=0)
-    policy = jax.jit(jax.vmap(evaluation.stateless(act), (0, 0, 0, 0, None)))
+    state = run.restore(start(jax.vmap(jax.random.fold_in, (0, None))(keys, 0), data))
+    chunk = jax.vmap(partial(train_chunk, cfg=cfg), (0, None, 0, None))
+    chunk = jax.jit(chunk, donate_argnums=0)
+    policies = jax.jit(jax.vmap(policy(cfg), (0, 0, 0, 0, None)))
 
-    for step in run.steps():  # eval_every, 2 eval_every, ..., num_updates
-        state, metrics = chunk(state, batch, fold(keys, step))
-        returns = evaluation.evaluate(
-            partial(policy, state), data.env_id, cfg.num_seeds, cfg.eval_episodes
-        )
+    for step in run.steps():  # log_every, 2 log_every, ..., num_updates
+        state, metrics = chunk(state, data, keys, step)
+        returns = None
+        if step % cfg.eval_every == 0:
+            returns = evaluation.evaluate(
+                partial(policies, state), dataset.env_id, cfg.num_seeds, cfg.eval_episodes
+            )
         run.record(step, metrics, returns)
         run.save(step, state)
     run.finish()
+    return state
+
+
+def main(cfg: Config):
+    cfg = experiment.resolve(cfg)  # --resume: the run's own config
+    train(cfg, datasets.load(cfg.env, cfg.env_id))
 
 
 if __name__ == "__main__":

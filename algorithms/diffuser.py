@@ -44,7 +44,7 @@ from common import datasets, evaluation, experiment  # noqa: E402
 
 # The authors' values where they depend on the data; the longest name that fits, see Config.
 MAZE = dict(goal=True, plan_every=0, action_weight=1.0, multiples=(1, 4, 8), diffusion_steps=256)
-PAPER = {
+TUNED = {
     "default": dict(
         horizon=32, diffusion_steps=20, multiples=(1, 2, 4, 8), guide_scale=0.1, guide_stop=2,
         goal=False, plan_every=1, action_weight=10.0,
@@ -65,7 +65,8 @@ class Config:
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 1_000_000  # gradient steps
-    eval_every: int = 100_000  # gradient steps between evaluations; one compiled chunk
+    log_every: int = 1_000  # gradient steps of one compiled chunk, between two lines of the log
+    eval_every: int = 100_000  # gradient steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation and seed
     out: str = "runs"  # where run folders go
     resume: str = ""  # run folder to continue
@@ -75,21 +76,21 @@ class Config:
     lr: float = 2e-4  # Adam, both networks
     normalize: bool = True  # standardise observations and actions; with a goal: to [-1, 1]
     # --- Diffuser ---
-    horizon: int | None = None  # H, steps of a plan; None: PAPER, else 32
-    diffusion_steps: int | None = None  # T, steps from data to noise; None: PAPER, else 20
-    multiples: tuple[int, ...] | None = None  # levels' widths / width; None: PAPER, else 1 2 4 8
+    horizon: int | None = None  # H, steps of a plan; None: TUNED, else 32
+    diffusion_steps: int | None = None  # T, steps from data to noise; None: TUNED, else 20
+    multiples: tuple[int, ...] | None = None  # levels' widths / width; None: TUNED, else 1 2 4 8
     width: int = 32  # of the U-Net's first level
     ema: float = 0.995  # decay of the averaged weights, which plan
-    action_weight: float | None = None  # of the first action in the loss; None: PAPER, else 10
+    action_weight: float | None = None  # of the first action in the loss; None: TUNED, else 10
     end_return: float = -100.0  # added to the return at terminal states
     return_scale: float = 1_000.0  # returns are divided by it
     # --- Planning ---
-    goal: bool | None = None  # obs are x, y, vx, vy, goal x, goal y; None: PAPER, else off
+    goal: bool | None = None  # obs are x, y, vx, vy, goal x, goal y; None: TUNED, else off
     samples: int = 64  # plans, of which the best is kept; 1 with a goal
-    guide_scale: float | None = None  # w; None: PAPER, else 0.1
+    guide_scale: float | None = None  # w; None: TUNED, else 0.1
     guide_steps: int = 2  # gradient steps for each denoising step
-    guide_stop: int | None = None  # no guide at t below this; None: PAPER, else 2
-    plan_every: int | None = None  # environment steps to a plan; 0: one plan; None: PAPER, else 1
+    guide_stop: int | None = None  # no guide at t below this; None: TUNED, else 2
+    plan_every: int | None = None  # environment steps to a plan; 0: one plan; None: TUNED, else 1
     ddim_steps: int = 0  # denoising steps, deterministic (DDIM); 0: all, with noise
     warm_start: int = 0  # denoising steps from the plan before; 0: always from noise
 
@@ -145,7 +146,7 @@ class Block(nn.Module):
         return y + (x if x.shape[-1] == self.width else Dense(self.width)(x))
 
 
-class Time(nn.Module):
+class TimeEmbedding(nn.Module):
     """Embedding (B, W) of the diffusion's time t (B,)."""
 
     width: int
@@ -166,7 +167,7 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(self, x, t):
         channels, widths = x.shape[-1], [self.width * m for m in self.multiples]
-        t, levels = Time(self.width)(t), []
+        t, levels = TimeEmbedding(self.width)(t), []
         for width in widths:
             if levels:
                 x = Conv(x.shape[-1], 3, 2)(x)
@@ -181,7 +182,7 @@ class UNet(nn.Module):
         return Dense(channels)(x)
 
 
-class Return(nn.Module):
+class ReturnModel(nn.Module):
     """J(x_t, t), (B,): the way down of the U-Net, and on to a single number."""
 
     width: int
@@ -189,7 +190,7 @@ class Return(nn.Module):
 
     @nn.compact
     def __call__(self, x, t):
-        t = Time(self.width)(t)
+        t = TimeEmbedding(self.width)(t)
         for width in (self.width * m for m in self.multiples):
             x = Conv(width, 3, 2)(Block(width)(Block(width)(x, t), t))
         for width in (x.shape[-1] // 2, x.shape[-1] // 4):
@@ -233,7 +234,7 @@ def denoising(steps, ddim_steps=0):
     return Denoising(t, *np.float32([x0, xt, std, variance]))
 
 
-def pin(x, known):
+def condition(x, known):
     """x (B, H, C) with its first state, and of a goal its last, as they are known to be."""
     first, last = known
     x = x.at[:, 0, -first.shape[-1] :].set(first)
@@ -248,7 +249,7 @@ class Window(NamedTuple):
 
     x: jax.Array  # (B, H, A + D) actions and observations, normalised
     mask: jax.Array  # (B, H) False beyond the episode's end
-    to_go: jax.Array  # (B,) return from the first step to the episode's end, / return_scale
+    returns_to_go: jax.Array  # (B,) return from the first step to the episode's end, / return_scale
 
 
 @struct.dataclass
@@ -275,14 +276,14 @@ def init(key, data, cfg):
     k_model, k_value = jax.random.split(key)
     obs_mean, obs_std = scaling(data.obs, cfg)
     action_mean, action_std = scaling(data.action, cfg)
-    channels = len(action_mean) + len(planned(obs_mean, cfg))
+    channels = len(action_mean) + len(plan_features(obs_mean, cfg))
 
     def learner(net, key):
         params = net.init(key, jnp.zeros((1, cfg.horizon, channels)), jnp.zeros(1))
         return TrainState.create(apply_fn=net.apply, params=params, tx=optax.adam(cfg.lr))
 
     model = learner(UNet(cfg.width, cfg.multiples), k_model)
-    value = None if cfg.goal else learner(Return(cfg.width, cfg.multiples), k_value)
+    value = None if cfg.goal else learner(ReturnModel(cfg.width, cfg.multiples), k_value)
     return State(
         model=model,
         value=value,
@@ -297,7 +298,7 @@ def init(key, data, cfg):
 # A loss differentiates its first argument; everything in `state` is a constant to it.
 
 
-def noised(state, batch, key, cfg):
+def diffuse(state, batch, key, cfg):
     """x_t at uniform times, with what is known put in: (x_t, t, known)."""
     k_t, k_noise = jax.random.split(key)
     states = batch.x[..., len(state.action_mean) :]
@@ -305,13 +306,13 @@ def noised(state, batch, key, cfg):
     t = jax.random.randint(k_t, (len(batch.x),), 0, cfg.diffusion_steps)
     abar = jnp.float32(schedule(cfg.diffusion_steps))[t][:, None, None]
     noise = jax.random.normal(k_noise, batch.x.shape)
-    return pin(jnp.sqrt(abar) * batch.x + jnp.sqrt(1 - abar) * noise, known), t, known
+    return condition(jnp.sqrt(abar) * batch.x + jnp.sqrt(1 - abar) * noise, known), t, known
 
 
 def model_loss(params, state, batch, key, cfg):
     """Squared error of the trajectory found in its noise; what is known costs nothing."""
-    x, t, known = noised(state, batch, key, cfg)
-    error = (pin(state.model.apply_fn(params, x, t), known) - batch.x) ** 2
+    x, t, known = diffuse(state, batch, key, cfg)
+    error = (condition(state.model.apply_fn(params, x, t), known) - batch.x) ** 2
     error = error.at[:, 0, : len(state.action_mean)].multiply(cfg.action_weight)
     loss = jnp.sum(error.mean(-1) * batch.mask) / batch.mask.sum()
     return loss, {"model_loss": loss}
@@ -319,9 +320,9 @@ def model_loss(params, state, batch, key, cfg):
 
 def value_loss(params, state, batch, key, cfg):
     """Squared error of the return found in the noisy trajectory."""
-    x, t, _ = noised(state, batch, key, cfg)
+    x, t, _ = diffuse(state, batch, key, cfg)
     j = state.value.apply_fn(params, x, t)
-    loss = jnp.mean((j - batch.to_go) ** 2)
+    loss = jnp.mean((j - batch.returns_to_go) ** 2)
     return loss, {"value_loss": loss, "j": j.mean()}
 
 
@@ -348,7 +349,7 @@ def normalise(state, obs):
     return (obs - state.obs_mean) / state.obs_std
 
 
-def planned(obs, cfg):
+def plan_features(obs, cfg):
     """What plans are made of: all of an observation (..., D) but the goal's place."""
     return obs[..., :4] if cfg.goal else obs  # D4RL's maze2d files have the goal in no column
 
@@ -364,19 +365,25 @@ def minibatch(state, data, rows, cfg):
         rows = rows - time + time % whole
     index, mask = datasets.windows(rows, data.end, cfg.horizon)
     action = (data.action[index] - state.action_mean) / state.action_std
-    obs = planned(normalise(state, data.obs[index]), cfg)
-    return Window(jnp.concatenate([action, obs], -1), mask, data.to_go[rows] / cfg.return_scale)
+    obs = plan_features(normalise(state, data.obs[index]), cfg)
+    return Window(
+        jnp.concatenate([action, obs], -1), mask, data.returns_to_go[rows] / cfg.return_scale
+    )
 
 
-def train_chunk(state, data, key, cfg):
-    """`eval_every` updates on windows of `data`, Steps of N rows; metrics averaged."""
+def train_chunk(state, data, key, step, cfg):
+    """The `log_every` updates up to update `step`, on windows of `data`, Steps of N rows.
 
-    def step(state, key):
-        k_rows, k_update = jax.random.split(key)
+    Metrics averaged. Update t draws from fold_in(key, t): a run does not depend on how it is cut
+    into chunks.
+    """
+
+    def one(state, t):
+        k_rows, k_update = jax.random.split(jax.random.fold_in(key, t))
         rows = jax.random.randint(k_rows, (cfg.batch_size,), 0, len(data.reward))
         return update(state, minibatch(state, data, rows, cfg), k_update, cfg)
 
-    state, metrics = jax.lax.scan(step, state, jax.random.split(key, cfg.eval_every))
+    state, metrics = jax.lax.scan(one, state, step - jnp.arange(cfg.log_every)[::-1])
     return state, jax.tree.map(jnp.mean, metrics)
 
 
@@ -411,7 +418,7 @@ def plan(state, known, key, cfg, old=None):
     def guide(x, step):
         for _ in range(cfg.guide_steps):
             grad = jax.grad(lambda x: j(x, step.t).sum())(x)
-            x = pin(x + cfg.guide_scale * step.variance * grad, known)
+            x = condition(x + cfg.guide_scale * step.variance * grad, known)
         return x
 
     def denoise(x, inputs):
@@ -421,9 +428,11 @@ def plan(state, known, key, cfg, old=None):
         x0 = state.model.apply_fn(state.ema["model"], x, jnp.full(len(x), step.t))
         x0 = x0.clip(-1, 1) if cfg.goal else x0
         x = step.x0 * x0 + step.xt * x + step.std * jax.random.normal(key, size)
-        return pin(x, known), None
+        return condition(x, known), None
 
-    x, _ = jax.lax.scan(denoise, pin(x, known), (steps, jax.random.split(k_steps, len(steps.t))))
+    x, _ = jax.lax.scan(
+        denoise, condition(x, known), (steps, jax.random.split(k_steps, len(steps.t)))
+    )
     if cfg.goal:
         return x
     value, x = j(x, 0).reshape(-1, copies), x.reshape(-1, copies, *x.shape[1:])
@@ -432,12 +441,12 @@ def plan(state, known, key, cfg, old=None):
 
 def act(state, carry, obs, reward, key, cfg):
     """Actions (E, A) for obs (E, D): the plan's own; with a goal, those that track its states."""
-    first, last = planned(normalise(state, obs), cfg), None
+    first, last = plan_features(normalise(state, obs), cfg), None
     if cfg.goal:  # to rest at the goal
         if obs.shape[-1] != 6:
             raise ValueError(f"Not x, y, vx, vy, goal x, goal y: observations {obs.shape}.")
         rest = jnp.zeros_like(obs).at[:, :2].set(obs[:, -2:])
-        last = planned(normalise(state, rest), cfg)
+        last = plan_features(normalise(state, rest), cfg)
     known = first, last
 
     def renew(old):
@@ -454,19 +463,20 @@ def act(state, carry, obs, reward, key, cfg):
     dim = len(state.action_mean)
     if not cfg.goal:
         return carry.x[:, carry.age, :dim] * state.action_std + state.action_mean, carry
-    mean, std = planned(state.obs_mean, cfg), planned(state.obs_std, cfg)
+    mean, std = plan_features(state.obs_mean, cfg), plan_features(state.obs_std, cfg)
     ahead = carry.x[:, (carry.age + 1).clip(max=cfg.horizon - 1), dim:] * std + mean
-    error = ahead - planned(obs, cfg)  # of x, y and their velocities
+    error = ahead - plan_features(obs, cfg)  # of x, y and their velocities
     return error[:, :2] + error[:, 2:4], carry
 
 
-def act_all(state, carry, obs, reward, key, cfg):
-    """`act` of every seed in turn: vmap would compute a new plan at each step, used or not."""
-    return jax.lax.map(lambda one: act(*one, key, cfg), (state, carry, obs, reward))
+def policy(cfg):
+    """`act` as evaluation calls it: (state, carry, obs, reward, key) -> (action, carry)."""
+    # one seed after another: vmap would compute a new plan at each step, used or not
+    return jax.custom_batching.sequential_vmap(partial(act, cfg=cfg))
 
 
-def check(cfg):
-    """SystemExit where the sizes do not fit."""
+def check(cfg, dataset):
+    """SystemExit where sizes do not fit each other or the data."""
     halvings = len(cfg.multiples) - 1
     if cfg.horizon % 2**halvings:
         raise SystemExit(f"--horizon {cfg.horizon}: must be a multiple of {2**halvings}.")
@@ -477,32 +487,45 @@ def check(cfg):
     steps = cfg.ddim_steps or cfg.diffusion_steps
     if not cfg.warm_start <= steps <= cfg.diffusion_steps:
         raise SystemExit("--warm-start must not exceed --ddim-steps, nor that --diffusion-steps.")
+    if cfg.horizon > (longest := dataset.length.max()):
+        why = f"the longest episode of {dataset.name} has {longest:,} steps"
+        raise SystemExit(f"--horizon {cfg.horizon}: {why}. Choose a smaller one.")
+    if cfg.goal and dataset.obs.shape[1] not in (4, 6):
+        raise SystemExit(
+            f"--goal: {dataset.name} is no maze, its observations are not x, y, vx, vy."
+        )
 
 
-def main(cfg: Config):
-    cfg = experiment.resolve(cfg, PAPER)  # --resume: the run's own config
-    check(cfg)
-    data = datasets.load(cfg.env, cfg.env_id)
-    if cfg.goal and data.obs.shape[1] not in (4, 6):
-        raise SystemExit(f"--goal: {data.name} is no maze, its observations are not x, y, vx, vy.")
-    run = experiment.Run(cfg, data, "horizon")
-    batch = data.steps(cfg.gamma, cfg.end_return)
+def train(cfg, dataset):
+    """Trains `cfg.num_seeds` policies on a Dataset; their State, seeds on axis 0."""
+    cfg = experiment.resolve(cfg, TUNED, dataset)
+    check(cfg, dataset)
+    run = experiment.Run(cfg, dataset)
+    data = dataset.steps(cfg.gamma, cfg.end_return)
 
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))
-    fold = jax.vmap(jax.random.fold_in, (0, None))  # step 0 initialises, step n > 0 trains
     start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
-    state = run.restore(start(fold(keys, 0), batch))
-    chunk = jax.jit(jax.vmap(partial(train_chunk, cfg=cfg), (0, None, 0)), donate_argnums=0)
-    policy = jax.jit(partial(act_all, cfg=cfg))
+    state = run.restore(start(jax.vmap(jax.random.fold_in, (0, None))(keys, 0), data))
+    chunk = jax.vmap(partial(train_chunk, cfg=cfg), (0, None, 0, None))
+    chunk = jax.jit(chunk, donate_argnums=0)
+    policies = jax.jit(jax.vmap(policy(cfg), (0, 0, 0, 0, None)))
 
-    for step in run.steps():  # eval_every, 2 eval_every, ..., num_updates
-        state, metrics = chunk(state, batch, fold(keys, step))
-        returns = evaluation.evaluate(
-            partial(policy, state), data.env_id, cfg.num_seeds, cfg.eval_episodes
-        )
+    for step in run.steps():  # log_every, 2 log_every, ..., num_updates
+        state, metrics = chunk(state, data, keys, step)
+        returns = None
+        if step % cfg.eval_every == 0:
+            returns = evaluation.evaluate(
+                partial(policies, state), dataset.env_id, cfg.num_seeds, cfg.eval_episodes
+            )
         run.record(step, metrics, returns)
         run.save(step, state)
     run.finish()
+    return state
+
+
+def main(cfg: Config):
+    cfg = experiment.resolve(cfg, TUNED)  # --resume: the run's own config
+    train(cfg, datasets.load(cfg.env, cfg.env_id))
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
 
 # On D4RL's data, the larger of the two returns that the authors' code asks for one by one.
-PAPER = {
+TUNED = {
     f"{env}-{policy}-v2": dict(targets=(target,))
     for env, target in {"halfcheetah": 12000.0, "hopper": 3600.0, "walker2d": 5000.0}.items()
     for policy in ("medium", "medium-replay", "medium-expert")
@@ -51,7 +51,8 @@ class Config:
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 100_000  # gradient steps
-    eval_every: int = 5_000  # gradient steps between evaluations; one compiled chunk
+    log_every: int = 1_000  # gradient steps of one compiled chunk, between two lines of the log
+    eval_every: int = 5_000  # gradient steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation and seed
     out: str = "runs"  # where run folders go
     resume: str = ""  # run folder to continue
@@ -60,7 +61,7 @@ class Config:
     lr: float = 1e-4  # AdamW
     normalize: bool = True  # standardise observations
     # --- DT ---
-    targets: tuple[float, ...] | None = None  # returns to ask for; None: PAPER, else data's best
+    targets: tuple[float, ...] | None = None  # returns to ask for; None: TUNED, else data's best
     rtg_scale: float = 1_000.0  # returns are divided by it
     context: int = 20  # K, the steps that the transformer sees
     layers: int = 3  # blocks of the transformer
@@ -78,7 +79,7 @@ class Window(NamedTuple):
 
     obs: jax.Array  # (B, K, D) normalised
     action: jax.Array  # (B, K, A)
-    to_go: jax.Array  # (B, K) return from this step to the episode's end / rtg_scale
+    returns_to_go: jax.Array  # (B, K) return from this step to the episode's end / rtg_scale
     time: jax.Array  # (B, K) int32 step within the episode
     mask: jax.Array  # (B, K) False: padding, on the left
 
@@ -137,7 +138,7 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, window, train=False):
-        tokens = window.to_go[..., None], window.obs, window.action
+        tokens = window.returns_to_go[..., None], window.obs, window.action
         tokens = jnp.stack([gpt2_dense(self.width)(x) for x in tokens], 2)  # (B, K, 3, W)
         embed = nn.Embed(self.max_time, self.width, embedding_init=nn.initializers.normal(0.02))
         tokens += embed(window.time.clip(0, self.max_time - 1))[:, :, None]
@@ -163,7 +164,7 @@ def empty(episodes, obs_dim, action_dim, cfg):
     return Window(
         obs=jnp.zeros((*shape, obs_dim)),
         action=jnp.zeros((*shape, action_dim)),
-        to_go=jnp.zeros(shape),
+        returns_to_go=jnp.zeros(shape),
         time=jnp.full(shape, -1, jnp.int32),
         mask=jnp.zeros(shape, bool),
     )
@@ -217,21 +218,25 @@ def normalise(state, obs):
 def minibatch(state, data, rows, cfg):
     """The windows of Steps that begin at those rows, cut at the episode's end."""
     index, mask = datasets.windows(rows, data.end, cfg.context, left=True)
-    to_go = data.to_go[index] / cfg.rtg_scale
+    returns_to_go = data.returns_to_go[index] / cfg.rtg_scale
     return Window(
-        normalise(state, data.obs[index]), data.action[index], to_go, data.time[index], mask
+        normalise(state, data.obs[index]), data.action[index], returns_to_go, data.time[index], mask
     )
 
 
-def train_chunk(state, data, key, cfg):
-    """`eval_every` updates on windows of `data`, Steps of N rows; metrics averaged."""
+def train_chunk(state, data, key, step, cfg):
+    """The `log_every` updates up to update `step`, on windows of `data`, Steps of N rows.
 
-    def step(state, key):
-        k_rows, k_update = jax.random.split(key)
+    Metrics averaged. Update t draws from fold_in(key, t): a run does not depend on how it is cut
+    into chunks.
+    """
+
+    def one(state, t):
+        k_rows, k_update = jax.random.split(jax.random.fold_in(key, t))
         rows = jax.random.randint(k_rows, (cfg.batch_size,), 0, len(data.reward))
         return update(state, minibatch(state, data, rows, cfg), k_update, cfg)
 
-    state, metrics = jax.lax.scan(step, state, jax.random.split(key, cfg.eval_every))
+    state, metrics = jax.lax.scan(one, state, step - jnp.arange(cfg.log_every)[::-1])
     return state, jax.tree.map(jnp.mean, metrics)
 
 
@@ -249,11 +254,11 @@ def act(state, carry, obs, reward, key, cfg):
         (action_dim,) = state.actor.params["params"]["head"]["bias"].shape
         carry = empty(*obs.shape, action_dim, cfg)
         target = asked(cfg.targets, len(obs)) / cfg.rtg_scale
-        carry = carry._replace(to_go=carry.to_go.at[:, -1].set(target))
+        carry = carry._replace(returns_to_go=carry.returns_to_go.at[:, -1].set(target))
     new = Window(
         obs=normalise(state, obs),
         action=jnp.zeros_like(carry.action[:, -1]),  # not known yet, and not seen by its own state
-        to_go=carry.to_go[:, -1] - reward / cfg.rtg_scale,
+        returns_to_go=carry.returns_to_go[:, -1] - reward / cfg.rtg_scale,
         time=carry.time[:, -1] + 1,
         mask=jnp.ones(len(obs), bool),
     )
@@ -262,47 +267,64 @@ def act(state, carry, obs, reward, key, cfg):
     return action, carry._replace(action=carry.action.at[:, -1].set(action))
 
 
-def report(run, returns, targets):
-    """What was asked for and what came of it; returns (S, E), see `asked`."""
-    target = asked(targets, returns.shape[1])
-    for value in dict.fromkeys(target):
-        run.log(f"Asked for {value:,.0f}, achieved {returns[:, target == value].mean():,.0f}.")
+def policy(cfg):
+    """`act` as evaluation calls it: (state, carry, obs, reward, key) -> (action, carry)."""
+    return partial(act, cfg=cfg)
 
 
-def check(cfg):
-    """SystemExit where the sizes do not fit."""
+def report(run, targets):
+    """Logs the return asked for and the return achieved, of the newest evaluation (S, E)."""
+    if run.returns is not None:
+        target = asked(targets, run.returns.shape[1])
+        for value in dict.fromkeys(target):
+            achieved = run.returns[:, target == value].mean()
+            run.log(f"Asked for {value:,.0f}, achieved {achieved:,.0f}.")
+
+
+def check(cfg, dataset):
+    """SystemExit where sizes do not fit each other or the data."""
     if cfg.width % cfg.heads:
         raise SystemExit(f"--heads {cfg.heads}: must divide --width {cfg.width}.")
     if 0 < cfg.eval_episodes < len(cfg.targets or ()):
         raise SystemExit(f"--targets: {len(cfg.targets)} of them need as many --eval-episodes.")
+    if cfg.context > (longest := dataset.length.max()):
+        why = f"the longest episode of {dataset.name} has {longest:,} steps"
+        raise SystemExit(f"--context {cfg.context}: {why}. Choose a smaller one.")
+
+
+def train(cfg, dataset):
+    """Trains `cfg.num_seeds` policies on a Dataset; their State, seeds on axis 0."""
+    cfg = experiment.resolve(cfg, TUNED, dataset)
+    if cfg.targets is None:
+        cfg = replace(cfg, targets=(float(dataset.returns().max()),))
+    check(cfg, dataset)
+    run = experiment.Run(cfg, dataset)
+    data = dataset.steps()
+
+    keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))
+    start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
+    state = run.restore(start(jax.vmap(jax.random.fold_in, (0, None))(keys, 0), data))
+    chunk = jax.vmap(partial(train_chunk, cfg=cfg), (0, None, 0, None))
+    chunk = jax.jit(chunk, donate_argnums=0)
+    policies = jax.jit(jax.vmap(policy(cfg), (0, 0, 0, 0, None)))
+
+    for step in run.steps():  # log_every, 2 log_every, ..., num_updates
+        state, metrics = chunk(state, data, keys, step)
+        returns = None
+        if step % cfg.eval_every == 0:
+            returns = evaluation.evaluate(
+                partial(policies, state), dataset.env_id, cfg.num_seeds, cfg.eval_episodes
+            )
+        run.record(step, metrics, returns)
+        run.save(step, state)
+    report(run, cfg.targets)
+    run.finish()
+    return state
 
 
 def main(cfg: Config):
-    cfg = experiment.resolve(cfg, PAPER)  # --resume: the run's own config
-    check(cfg)
-    data = datasets.load(cfg.env, cfg.env_id)
-    if cfg.targets is None:
-        cfg = replace(cfg, targets=(float(data.returns().max()),))
-    run = experiment.Run(cfg, data, "context")
-    batch = data.steps()
-
-    keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))
-    fold = jax.vmap(jax.random.fold_in, (0, None))  # step 0 initialises, step n > 0 trains
-    start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
-    state = run.restore(start(fold(keys, 0), batch))
-    chunk = jax.jit(jax.vmap(partial(train_chunk, cfg=cfg), (0, None, 0)), donate_argnums=0)
-    policy = jax.jit(jax.vmap(partial(act, cfg=cfg), (0, 0, 0, 0, None)))
-    returns = np.zeros((cfg.num_seeds, 0))  # of a run that was finished before
-
-    for step in run.steps():  # eval_every, 2 eval_every, ..., num_updates
-        state, metrics = chunk(state, batch, fold(keys, step))
-        returns = evaluation.evaluate(
-            partial(policy, state), data.env_id, cfg.num_seeds, cfg.eval_episodes
-        )
-        run.record(step, metrics, returns)
-        run.save(step, state)
-    report(run, returns, cfg.targets)
-    run.finish()
+    cfg = experiment.resolve(cfg, TUNED)  # --resume: the run's own config
+    train(cfg, datasets.load(cfg.env, cfg.env_id))
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def inputs():
     return flatten(jax.device_get({
         "size": np.float32(1),  # of the weights, see `weights`
         "x": rng.normal(size=(UPDATES, *shape)).astype(np.float32),
-        "to_go": rng.normal(size=(UPDATES, shape[0])).astype(np.float32),
+        "returns_to_go": rng.normal(size=(UPDATES, shape[0])).astype(np.float32),
         "noise": tree_map(lambda *x: np.stack(x), *noise),
         "plan": {
             "start": jax.random.normal(k_start, episodes),
@@ -287,7 +287,7 @@ def trained(inputs, name):
         for rows in halves:
             x = torch.tensor(inputs["x"][i, rows])
             batch = x, {0: x[:, 0, ACTION:].clone()}
-            value = torch.tensor(inputs["to_go"][i, rows, None])
+            value = torch.tensor(inputs["returns_to_go"][i, rows, None])
             batches.append(batch if name == "model" else (*batch, value))
             times.append(torch.tensor(noise["t"][i, rows]).long())
             noises.append(torch.tensor(noise["noise"][i, rows]))
@@ -466,8 +466,8 @@ def ours(inputs):
     start = state = our_state(params)
     seen = {}
     for i, key in enumerate(keys(1, UPDATES)):
-        x, to_go = jnp.asarray(inputs["x"][i]), jnp.asarray(inputs["to_go"][i])
-        window = diffuser.Window(x, jnp.ones(x.shape[:2], bool), to_go)
+        x, returns_to_go = jnp.asarray(inputs["x"][i]), jnp.asarray(inputs["returns_to_go"][i])
+        window = diffuser.Window(x, jnp.ones(x.shape[:2], bool), returns_to_go)
         state, info = run.update(state, window, key)
         for name in MULTIPLES:
             kept, _ = jax.device_get(getattr(state, name).opt_state)

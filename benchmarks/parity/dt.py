@@ -179,11 +179,11 @@ def theirs(inputs, checkout):
                 assert x.shape == named[name].shape
                 named[name].data = torch.tensor(np.ascontiguousarray(x))
 
-        def forward(self, states, actions, rewards, to_go, times, attention_mask):
-            out = super().forward(states, actions, rewards, to_go, times, attention_mask)
+        def forward(self, states, actions, rewards, returns_to_go, times, attention_mask):
+            out = super().forward(states, actions, rewards, returns_to_go, times, attention_mask)
             if self.training:
                 real = attention_mask > 0
-                window = torch.cat([states, actions, to_go, times[..., None] / 10], -1)
+                window = torch.cat([states, actions, returns_to_go, times[..., None] / 10], -1)
                 seen["window"].append(window[real].numpy())
                 seen["prediction"].append(out[1][real].detach().numpy())
             return out
@@ -277,7 +277,7 @@ def ours(inputs):
     for rows in first[inputs["episode"]] + inputs["begin"]:
         state, batch, action, loss, grads = step(state, data, rows)
         time = np.minimum(batch.time, SETTINGS["max_time"] - 1) / 10
-        columns = batch.obs, batch.action, batch.to_go[..., None], time[..., None]
+        columns = batch.obs, batch.action, batch.returns_to_go[..., None], time[..., None]
         seen["window"].append(np.concatenate(columns, -1)[batch.mask])
         seen["prediction"].append(action[batch.mask])
         seen["loss"].append(loss)

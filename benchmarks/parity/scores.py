@@ -197,12 +197,12 @@ def dt(checkout, data, updates, seed):
     def act(obs, reward, t):
         model.eval()
         if t == 0:
-            past.update(obs=[], action=[], to_go=[target])
+            past.update(obs=[], action=[], returns_to_go=[target])
         else:
-            past["to_go"].append(past["to_go"][-1] - reward * cfg.reward_scale)
+            past["returns_to_go"].append(past["returns_to_go"][-1] - reward * cfg.reward_scale)
         past["obs"].append(((obs - rows.state_mean) / rows.state_std)[0])
         now = past["action"] + [np.zeros(data["action"].shape[1])]
-        recent = [np.array(x[-cfg.seq_len :]) for x in (past["obs"], now, past["to_go"])]
+        recent = [np.array(x[-cfg.seq_len :]) for x in (past["obs"], now, past["returns_to_go"])]
         times = torch.arange(max(0, t + 1 - cfg.seq_len), t + 1)[None]
         action = model(*(torch.tensor(x, dtype=torch.float32)[None] for x in recent), times)
         past["action"].append(action[0, -1].numpy())
@@ -211,10 +211,10 @@ def dt(checkout, data, updates, seed):
     for _ in range(10):
         model.train()
         for _ in range(updates // 10):
-            states, actions, to_go, times, mask = next(batches)
-            states, to_go = states.float(), to_go.float()
+            states, actions, returns_to_go, times, mask = next(batches)
+            states, returns_to_go = states.float(), returns_to_go.float()
             padding = ~mask.to(torch.bool)
-            guess = model(states, actions, to_go, times, padding)
+            guess = model(states, actions, returns_to_go, times, padding)
             loss = ((guess - actions) ** 2 * mask.unsqueeze(-1)).mean()
             adam.zero_grad()
             loss.backward()

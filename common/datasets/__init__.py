@@ -5,25 +5,23 @@
 
 Look at one: python -m common.datasets NAME [--env-id Hopper-v5] [--plot FILE.png]
 
-A name becomes a file in sources.py, a file checked arrays in layouts.py; here those become
+A name becomes a file in sources.py, a file checked arrays in readers.py; here those become
 episodes, kept by cache.py ($XDG_CACHE_HOME/stillwater or ~/.cache/stillwater; safe to delete).
 """
 
 import contextlib
-import difflib
 import json
 import sys
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import tyro
 
-from common import cache, layouts, mazes, sources
-from common.sources import REFERENCE, DatasetError  # noqa: F401
+from common import evaluation
+from common.datasets import cache, readers, sources
+from common.datasets.d4rl import REFERENCE
+from common.datasets.sources import DatasetError
 
 
 class Batch(NamedTuple):
@@ -49,7 +47,7 @@ class Steps(NamedTuple):
     done: np.ndarray  # (N,) 1 at true terminals, 0 at time limits
     time: np.ndarray  # (N,) int32, steps since the episode's start
     end: np.ndarray  # (N,) int32, the row after the episode's last
-    to_go: np.ndarray  # (N,) sum of gamma^k reward from this row to the episode's end
+    returns_to_go: np.ndarray  # (N,) sum of gamma^k reward from this row to the episode's end
 
 
 def windows(rows, end, size, left=False):
@@ -91,16 +89,16 @@ class Dataset:
         return Batch(self.obs, self.action, reward, self.next_obs, self.done)
 
     def steps(self, gamma=1.0, at_end=0.0) -> Steps:
-        """All rows. at_end: added to the reward of true terminals, in `to_go` alone."""
-        to_go = self.reward.astype(np.float64) + at_end * self.done
+        """All rows. at_end: added to the reward of true terminals, in `returns_to_go` alone."""
+        returns_to_go = self.reward.astype(np.float64) + at_end * self.done
         for t in reversed(range(self.length.max() - 1)):  # every episode's step t at once
             rows = self.start[self.length > t + 1] + t
-            to_go[rows] += gamma * to_go[rows + 1]
+            returns_to_go[rows] += gamma * returns_to_go[rows + 1]
         start, length = (np.repeat(x, self.length) for x in (self.start, self.length))
         time, end = np.arange(len(start)) - start, start + length
         return Steps(
             self.obs, self.action, self.reward, self.done,
-            time.astype(np.int32), end.astype(np.int32), to_go.astype(np.float32),
+            time.astype(np.int32), end.astype(np.int32), returns_to_go.astype(np.float32),
         )  # fmt: skip
 
     def returns(self) -> np.ndarray:
@@ -135,7 +133,7 @@ def load(name: str, env_id: str = "") -> Dataset:
 def read(source, origin):
     """Reads and checks a file: (cache.ARRAYS by name, the other fields of Dataset but its name)."""
     path, notes, metadata = source.path, [], {}
-    reader = layouts.Reader(path)
+    reader = readers.Reader(path)
     sha256 = reader.sha256()
     verified = sha256 == source.sha256 if source.sha256 else None
     if verified is False:
@@ -143,9 +141,9 @@ def read(source, origin):
     elif verified is None and source.layout == "D4RL":
         notes.append(f"unverified, no hash is known for it: {path} has SHA-256 {sha256}")
     if source.layout == "Minari":
-        metadata = layouts.read_metadata(path.with_name("metadata.json"))
+        metadata = readers.read_metadata(path.with_name("metadata.json"))
     env_id, env = choose_env(source, metadata, notes)
-    rows = (layouts.read_minari if source.layout == "Minari" else layouts.read_d4rl)(reader, env)
+    rows = (readers.read_minari if source.layout == "Minari" else readers.read_d4rl)(reader, env)
     reader.file.close()
     arrays, dropped = flatten(rows, env)
     if not len(arrays["start"]):
@@ -166,7 +164,7 @@ def read(source, origin):
 
 
 def choose_env(source, metadata, notes):
-    """(id to score on or "", layouts.Env): the id asked for, else the one in Minari's metadata.
+    """(id to score on or "", evaluation.Env): the id asked for, else the one in Minari's metadata.
 
     Of that only the id is used, and only if Gymnasium has registered it: nothing in it is run.
     """
@@ -177,48 +175,13 @@ def choose_env(source, metadata, notes):
     if source.env_id and own not in ("", source.env_id):
         raise DatasetError(f"{source.path}: is data of {own!r}, not of --env-id {source.env_id}")
     try:
-        env = inspect_env(source.env_id or own) if source.env_id or own else layouts.Env()
-    except DatasetError as error:
+        env = evaluation.inspect(source.env_id or own) if source.env_id or own else evaluation.Env()
+    except evaluation.EvaluationError as error:
         if source.env_id:
-            raise
+            raise DatasetError(str(error)) from None
         notes.append(f"cannot be scored: {error}")
-        env = layouts.Env()
+        env = evaluation.Env()
     return env.env_id, env._replace(limit=env.limit or source.limit)
-
-
-def inspect_env(env_id) -> layouts.Env:
-    """Sizes, action bounds and time limit of a registered environment. Raises DatasetError."""
-    import gymnasium
-
-    try:
-        mazes.register(env_id)
-    except ImportError as error:
-        raise DatasetError(f"{env_id} cannot be made: {error}") from None
-    if env_id not in gymnasium.registry:  # a "module:Env-v0" would import the module
-        near = difflib.get_close_matches(env_id, gymnasium.registry, 3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise DatasetError(f"{env_id!r} is not an environment that Gymnasium has registered{hint}")
-    with contextlib.suppress(ImportError):
-        import mujoco
-
-        mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model uses an old attribute
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # v4 is out of date, and what D4RL's scores are on
-            env = mazes.make(env_id)
-            env.close()
-    except Exception as error:  # whatever an environment's constructor may raise
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DatasetError(f"{env_id} cannot be made: {why}") from None
-    obs, action = env.observation_space, env.action_space
-    if not all(isinstance(s, gymnasium.spaces.Box) and len(s.shape) == 1 for s in (obs, action)):
-        raise DatasetError(
-            f"{env_id}: flat observations and actions are needed, not {obs}, {action}"
-        )
-    if not np.isfinite([action.low, action.high]).all():
-        raise DatasetError(f"{env_id}: its actions have no bounds")
-    limit = gymnasium.spec(env_id).max_episode_steps or 0
-    return layouts.Env(env_id, obs.shape[0], action.low, action.high, limit)
 
 
 def reference(source, metadata, env_id):
@@ -229,7 +192,7 @@ def reference(source, metadata, env_id):
     return REFERENCE.get(env_id.rsplit("-", 1)[0], (None, None))
 
 
-def flatten(rows: layouts.Rows, env):
+def flatten(rows: readers.Rows, env):
     """(cache.ARRAYS by name, rows left out): those whose next_obs is unknown, unless terminal."""
     keep = rows.known | rows.terminal
     episode = np.cumsum(np.r_[0, rows.end[:-1]])[keep]
@@ -240,17 +203,3 @@ def flatten(rows: layouts.Rows, env):
     columns = [np.ascontiguousarray(column[keep], np.float32) for column in columns]
     arrays = *columns, start.astype(np.int64), length.astype(np.int64)
     return dict(zip(cache.ARRAYS, arrays, strict=True)), int((~keep).sum())
-
-
-def main(name: tyro.conf.Positional[str], env_id: str = "", plot: Path | None = None):
-    """Shows what is in a dataset; with --plot FILE.png also as a picture."""
-    from common import summary
-
-    data = load(name, env_id)
-    summary.show(data)
-    if plot:
-        summary.plot(data, plot)
-
-
-if __name__ == "__main__":
-    tyro.cli(main)

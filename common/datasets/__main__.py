@@ -1,9 +1,14 @@
-"""What is in a dataset, for a person: a table and a picture (python -m common.datasets NAME)."""
+"""Shows what is in a dataset, as a table and a picture: python -m common.datasets NAME."""
+
+from pathlib import Path
 
 import numpy as np
+import tyro
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from common import datasets
 
 
 def show(data):
@@ -57,7 +62,7 @@ def ranges(values):
     return "  ".join(f"[{low:.3g}, {high:.3g}]" for low, high in pairs)
 
 
-def plot(data, path):
+def draw(data, path):
     """Writes a picture of returns, episode lengths, actions and rewards to `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -93,3 +98,21 @@ def scales(data):
     """Return to score, and back."""
     width = data.ref_max - data.ref_min
     return data.score, lambda score: data.ref_min + np.asarray(score) / 100 * width
+
+
+def main(name: tyro.conf.Positional[str], env_id: str = "", plot: Path | None = None):
+    """Show what is in a dataset.
+
+    Args:
+        name: dataset name, Minari id or .hdf5 file, as for --env
+        env_id: Gymnasium id that a bare file is scored on
+        plot: file to draw returns, lengths, rewards and actions to, .png
+    """
+    data = datasets.load(name, env_id)
+    show(data)
+    if plot:
+        draw(data, plot)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import mazes
+from common import evaluation
 
 FORMAT = 2  # goes up whenever what is read from a file changes
 ARRAYS = ("obs", "action", "reward", "next_obs", "done", "start", "length")
@@ -22,7 +22,7 @@ def paths(source):
     stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
     what = source._replace(path=str(source.path.resolve()))
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    how = FORMAT, version("gymnasium"), mazes.installed(), stats
+    how = FORMAT, version("gymnasium"), evaluation.mazes_installed(), stats
     folder, stamp = (hashlib.sha256(repr(x).encode()).hexdigest()[:16] for x in (what, how))
     return Path(root, "stillwater", folder), stamp
 

@@ -2,7 +2,7 @@
 
 libhdf5 tells where an array lies; the array itself is read and unpacked here, since libhdf5 trusts
 chunks and reads beyond those whose contents are shorter than they say: one damaged file in a
-thousand killed the process (benchmarks/fuzz.py).
+thousand killed the process (benchmarks/faults/fuzz.py).
 """
 
 import itertools

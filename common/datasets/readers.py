@@ -14,21 +14,12 @@ from typing import NamedTuple
 import h5py
 import numpy as np
 
-from common import stored
-from common.sources import MAGIC, DatasetError
+from common.datasets import hdf5
+from common.datasets.sources import MAGIC, DatasetError
+from common.evaluation import Env
 
 MEMORY = 16 * 2**30  # bytes that the arrays of one file may take
 DEFLATE = 1100  # gzip's best ratio, about
-
-
-class Env(NamedTuple):
-    """What a file must agree with; the defaults stand for an unknown environment."""
-
-    env_id: str = ""
-    obs_dim: int = 0
-    low: np.ndarray = np.float32([-1])  # (A,) or (1,), bounds of the actions in the file
-    high: np.ndarray = np.float32([1])
-    limit: int = 0  # steps of an episode at most; 0: unknown
 
 
 class Rows(NamedTuple):
@@ -108,10 +99,10 @@ class Reader:
                     field, f"declares {size:,} values, {need:,} bytes, in a file of {self.bytes:,}"
                 )
             self.left -= need
-            raw = stored.array(self.path, item)
+            raw = hdf5.array(self.path, item)
             with np.errstate(over="ignore"):  # what is too large for float32 becomes inf
                 values = raw.astype(np.float32, copy=False)
-        except stored.NotStored as error:
+        except hdf5.NotStored as error:
             raise self.refusal(field, str(error)) from None
         except Exception as error:
             raise self.refusal(field, f"cannot be read: {error}") from None

@@ -1,7 +1,6 @@
 """From a dataset's name to a file on this machine, downloaded if it must be."""
 
 import difflib
-import functools
 import hashlib
 import http.client
 import os
@@ -14,13 +13,12 @@ import urllib.error
 import urllib.request
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
-D4RL_HOST = "http://rail.eecs.berkeley.edu/datasets/offline_rl/"
-D4RL_MIRROR = "https://huggingface.co/datasets/imone/D4RL/resolve/main/"  # flat file names
+from common.datasets.d4rl import D4RL_HOST, D4RL_MIRROR, Source, d4rl_names
+
 MINARI_HOST = "https://huggingface.co/datasets/farama-minari/"  # as minari.download_dataset
-BUNDLED = Path(__file__).resolve().parents[1] / "data"
+BUNDLED = Path(__file__).resolve().parents[2] / "data"
 OFFLINE = "stillwater/hopper/medium-replay-v0"  # in BUNDLED
 MAGIC = b"\x89HDF\r\n\x1a\n"
 PATIENCE = 4.0  # seconds until an address without an answer counts as unreachable
@@ -28,49 +26,9 @@ STALL = 20.0  # seconds without a byte that end a download, as does, from then o
 SLOWEST = 1024  # bytes a second
 LARGEST = 16 * 2**30  # bytes of a file whose size is unknown
 
-REFERENCE = {  # returns that score 0 and 100 (D4RL, infos.py)
-    "HalfCheetah": (-280.178953, 12135.0),
-    "Hopper": (-20.272305, 3234.3),
-    "Walker2d": (1.629008, 4592.3),
-    "Ant": (-325.6, 3879.7),
-}
-MAZES = {  # name: (part of the file's name, steps of an episode, reference returns)
-    "umaze": ("umaze-sparse", 300, (23.85, 161.86)),
-    "umaze-dense": ("umaze-dense", 300, (68.537689, 193.66285642381482)),
-    "medium": ("medium-sparse", 600, (13.13, 277.39)),
-    "medium-dense": ("medium-dense", 600, (44.264742, 297.4552547777125)),
-    "large": ("large-sparse", 800, (6.7, 273.99)),
-    "large-dense": ("large-dense", 800, (30.569041, 303.4857382709002)),
-}
-ANTMAZES = {  # name: (part of the file's name, steps of an episode)
-    "umaze": ("u-maze_noisy_multistart_False_multigoal_False", 700),
-    "umaze-diverse": ("u-maze_noisy_multistart_True_multigoal_True", 700),
-    "medium-play": ("big-maze_noisy_multistart_True_multigoal_False", 1000),
-    "medium-diverse": ("big-maze_noisy_multistart_True_multigoal_True", 1000),
-    "large-play": ("hardest-maze_noisy_multistart_True_multigoal_False", 1000),
-    "large-diverse": ("hardest-maze_noisy_multistart_True_multigoal_True", 1000),
-}
-KITCHENS = {
-    "complete": "mini_kitchen_microwave_kettle_light_slider",
-    "partial": "kitchen_microwave_kettle_light_slider",
-    "mixed": "kitchen_microwave_kettle_bottomburner_light",
-}
-
 
 class DatasetError(SystemExit):
     """A dataset that cannot be had or read. A command ends with its one message and exit code 1."""
-
-
-class Source(NamedTuple):
-    """A file, and what its name tells before it is opened."""
-
-    path: Path | str  # of the HDF5 file; while it is not found yet, below D4RL_HOST
-    layout: str = "D4RL"  # a D4RL name; "HDF5": a bare file in the same layout; "Minari"
-    env_id: str = ""  # to score on
-    ref: tuple[float, float] | None = None  # returns that score 0 and 100
-    limit: int = 0  # steps of an episode at most; 0: unknown
-    size: int = 0  # bytes; 0: unknown
-    sha256: str = ""  # "": unknown
 
 
 def find(name: str, env_id: str = "") -> tuple[Source, str]:
@@ -103,33 +61,6 @@ def find(name: str, env_id: str = "") -> tuple[Source, str]:
         f"{' (did you mean ' + ' or '.join(near) + '?)' if near else ''}, nor a Minari id such as "
         f"mujoco/hopper/medium-v0, nor an .hdf5 file. {offline_hint()}"
     )
-
-
-@functools.cache
-def d4rl_names() -> dict[str, Source]:
-    """D4RL's names and files; sizes and hashes where they are known."""
-    names = {}
-    for env, ref in REFERENCE.items():
-        for kind in ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay"):
-            path = f"gym_mujoco_v2/{env.lower()}_{kind.replace('-', '_')}-v2.hdf5"
-            names[f"{env.lower()}-{kind}-v2"] = Source(path, "D4RL", f"{env}-v4", ref)
-    for name, (part, limit, ref) in MAZES.items():
-        names[f"maze2d-{name}-v1"] = Source(f"maze2d/maze2d-{part}-v1.hdf5", ref=ref, limit=limit)
-    for name, (part, limit) in ANTMAZES.items():
-        path = f"ant_maze_v2/Ant_maze_{part}_sparse_fixed.hdf5"
-        names[f"antmaze-{name}-v2"] = Source(path, ref=(0.0, 1.0), limit=limit)
-    for name, part in KITCHENS.items():
-        names[f"kitchen-{name}-v0"] = Source(f"kitchen/{part}-v0.hdf5", limit=280)
-    for task in ("pen", "door", "hammer", "relocate"):
-        for kind in ("human", "cloned", "expert"):
-            names[f"{task}-{kind}-v1"] = Source(f"hand_dapg_v1/{task}-{kind}-v1.hdf5")
-    table = Path(__file__).with_name("d4rl_files.tsv").read_text().splitlines()
-    known = {path: rest for path, *rest in (row.split("\t") for row in table if row[0] != "#")}
-    for name, source in names.items():
-        size, sha256 = known.get(source.path, ("-", "-"))
-        if sha256 != "-":
-            names[name] = source._replace(size=int(size), sha256=sha256)
-    return names
 
 
 def find_d4rl(name, source):
@@ -180,8 +111,8 @@ def find_minari(name, env_id):
 def download_minari(name):
     """minari's own download, which reads metadata as plain JSON: {address: what came of it}."""
     if name.startswith("stillwater/"):
-        return {"network": "not asked; the repository's data/ has it, or benchmarks/collect.py "
-                           "makes it"}  # fmt: skip
+        return {"network": "not asked; the repository's data/ has it, or "
+                           "`python -m benchmarks.collect` makes it"}  # fmt: skip
     tried = probe([MINARI_HOST + name.split("/")[0]])
     for url in (url for url, answer in tried.items() if not answer):
         try:

@@ -1,4 +1,4 @@
-"""A training state on the disk: msgpack and its hash, no pickle, never half-written.
+"""A training state on disk: msgpack with its hash, no pickle, never half-written.
 
 `checkpoint/` holds `state.msgpack` (flax.serialization; {"step", "state"}) and `checkpoint.json`
 ({"step", "sha256", "bytes"}); `checkpoint.old/` the one before it.
@@ -18,7 +18,7 @@ from flax import serialization
 
 
 class RunError(SystemExit):
-    """Something the user can put right: one message on stderr, exit code 1, no traceback."""
+    """An error that the user can correct: one message on stderr, exit code 1, no traceback."""
 
 
 def write(path, content):
@@ -32,10 +32,10 @@ def write(path, content):
 
 
 @contextmanager
-def alone(folder):
+def lock(folder):
     """Keeps other processes from training in a run folder; RunError where one already does.
 
-    Where the file system knows no such locks, none is kept.
+    Does nothing where the file system has no such locks.
     """
     try:
         import fcntl
@@ -49,11 +49,11 @@ def alone(folder):
         os.close(place)
         raise RunError(f"Another process is training in {folder}.") from None
     except OSError:
-        pass
+        pass  # no locks here
     try:
         yield
     finally:
-        os.close(place)  # and the lock is gone, as when the process dies
+        os.close(place)  # releases the lock, as does the death of the process
 
 
 def save(folder, step, state):
@@ -81,8 +81,8 @@ def save(folder, step, state):
 def read(folder, keep_damaged=False):
     """(step, state dict) of the newest whole checkpoint; (0, None) where none was ever written.
 
-    A damaged one is reported on stderr and the one before it taken; RunError where none is whole.
-    keep_damaged: rename it `checkpoint.damaged`, so that `save` does not take it for a whole one.
+    A damaged one is reported on stderr, the one before it read; RunError where none is whole.
+    keep_damaged: rename it `checkpoint.damaged`, lest `save` keep it as a whole one.
     """
     damaged = []
     for path in filter(Path.exists, (folder / "checkpoint", folder / "checkpoint.old")):

@@ -7,96 +7,123 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import types
 import typing
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 
-import jax
+from common.experiment.checkpoint import RunError
+from common.experiment.runtime import PROJECT
 
-from common.checkpoint import RunError
-
-PROJECT = Path(__file__).resolve().parents[1]
-PACKAGES = ["jax", "jaxlib", "flax", "optax", "distrax", "gymnasium", "mujoco", "numpy"]
-RULES = {  # pattern of a field's name: what each number in it must be; else finite
-    "seed": ("from 0 to 2,147,483,647", lambda x: 0 <= x < 2**31),
-    "num_seeds": ("from 1 to 1,000", lambda x: 1 <= x <= 1_000),
-    "num_updates|(save|rollout)_every|batch_size|rollout_batch": (
-        "from 1 to 2,147,483,647", lambda x: 1 <= x < 2**31,
-    ),
-    "eval_every": ("from 1 to 10,000,000", lambda x: 1 <= x <= 10**7),  # a key for each update
-    "eval_episodes": ("from 0 to 10,000", lambda x: 0 <= x <= 10_000),
-    "(.+_)?widths?|layers|heads|multiples|max_time|context|horizon|diffusion_steps|samples": (
-        "from 1 to 16,384", lambda x: 1 <= x <= 2**14,
-    ),
-    "num_(samples|actions|members|elites)|retain|patience|max_epochs": (
-        "from 1 to 16,384", lambda x: 1 <= x <= 2**14,
-    ),
-    "warmup|guide_(steps|stop)|plan_every|ddim_steps|warm_start": (
-        "from 0 to 2,147,483,647", lambda x: 0 <= x < 2**31,
-    ),
-    "gamma|polyak|ema|tau": ("between 0 and 1", lambda x: 0 <= x <= 1),
-    "real_fraction": ("above 0 and below 1", lambda x: 0 < x < 1),
-    "dropout": ("at least 0 and below 1", lambda x: 0 <= x < 1),
-    "fraction": ("above 0, at most 1", lambda x: 0 < x <= 1),
-    "(.+_)?lr|(rtg|return)_scale": ("above 0", lambda x: 0 < x < math.inf),
-    "max_weight|clip": ("above 0", lambda x: x > 0),  # inf: none
-    "alpha|beta|(.+_)?(decay|weight)|guide_scale": ("at least 0", lambda x: 0 <= x < math.inf),
-    ".+": ("a finite number", lambda x: abs(x) < math.inf),
-}  # fmt: skip
+INT32 = 2**31 - 1
+SHARED = {  # ranges of the fields that all algorithms share
+    "seed": (0, INT32),
+    "num_seeds": (1, 1_000),
+    "num_updates": (1, INT32),
+    "log_every": (1, 10_000_000),
+    "eval_every": (1, 10_000_000),
+    "eval_episodes": (0, 10_000),
+    "batch_size": (1, INT32),
+}
+WORDS = {"[": "at least", "(": "above", "]": "at most", ")": "below"}
 
 
-def resolve(cfg, paper=None):
+def resolve(cfg, tuned=None, dataset=None):
     """The config to run: `cfg` filled and checked, or the one stored in the folder `cfg.resume`.
 
-    paper: {part of a dataset's name: {field: value}} fills fields that are None; of the parts
-    within `cfg.env` the longest wins, then "default". RunError: an impossible value, or a flag that
-    conflicts with the stored config (`resume`, `out` and `wandb` may differ).
+    tuned: {words of a dataset's name: {field: value}} fills fields that are None; of the keys that
+    are whole words of a known name the longest wins, then "default". dataset: what is trained on,
+    if it is loaded; `cfg.env` becomes its name.
+
+    Ranges: a comment that ends in `in [0, 1)` declares its field's range. Otherwise an int is at
+    least 1, or 0 if that is its default, and at most 16,384 where the default is a small number; a
+    float is finite, and negative only where the default is. SHARED has those of the shared fields.
+
+    Raises RunError for an impossible value, for one that contradicts the dataset, and for a flag
+    that conflicts with the stored config (`resume`, `out` and `wandb` may differ).
     """
     cfg = _resumed(cfg) if cfg.resume else cfg
-    values, name = {}, re.sub("[^a-z0-9]+", "-", cfg.env.lower())
-    for part in ["default", *sorted((part for part in paper or {} if part in name), key=len)]:
-        values |= (paper or {}).get(part, {})
+    if dataset is not None:
+        cfg = dataclasses.replace(cfg, env=dataset.name)
+        _agree(cfg, dataset)
+    values = _tuned(tuned or {}, cfg.env)
     cfg = dataclasses.replace(cfg, **{k: v for k, v in values.items() if getattr(cfg, k) is None})
     where = f"{cfg.resume}/config.json: " if cfg.resume else ""  # nobody typed it
-    for name, value in vars(cfg).items():
-        _check(where, name, value)
+    comments = _comments(type(cfg))
+    for field in dataclasses.fields(cfg):
+        rule, good = _range(field, comments.get(field.name, ""))
+        _check(f"{where}{_flag(field.name)}", getattr(cfg, field.name), rule, good)
     if cfg.seed + cfg.num_seeds > 2**31:
         raise RunError(f"--seed {cfg.seed}: the last seed must be 2,147,483,647 or less.")
     total, every = cfg.num_updates, min(cfg.eval_every, cfg.num_updates)
     if total % every:
         near = f"{total // every * every} and {(total // every + 1) * every} are the nearest"
         raise RunError(f"--num-updates {total} is no multiple of --eval-every {every}: {near}.")
-    return dataclasses.replace(cfg, eval_every=every)
+    log_every = next(n for n in range(min(cfg.log_every, every), 0, -1) if every % n == 0)
+    return dataclasses.replace(cfg, eval_every=every, log_every=log_every)
 
 
-def _check(where, name, value):
-    """RunError unless `value`, or each number in it, is as RULES say; others than numbers pass."""
+def _tuned(tuned, name):
+    """{field: value} for a dataset; a path to a user's own file has nothing but the defaults."""
+    known = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name, re.ASCII)
+    words = "-" + re.sub("[^a-z0-9]+", "-", name.lower()) + "-"
+    keys = [key for key in tuned if known and f"-{key}-" in words]
+    values = {}
+    for key in ["default", *sorted(keys, key=len)]:
+        values |= tuned.get(key, {})
+    return values
+
+
+def _comments(kind):
+    """{field: comment} of a Config's source; {} where there is none to read."""
+    with suppress(OSError, TypeError):
+        lines = re.findall(r"^ +(\w+): .*#(.*)$", inspect.getsource(kind), re.MULTILINE)
+        return dict(lines)
+    return {}
+
+
+def _range(field, comment):
+    """(words, test of a number) of what a field may be."""
+    if declared := re.search(r"in ([\[(])(\S+), (\S+)([])])$", comment.strip()):
+        left, low, high, right = declared.groups()
+        above = (lambda x: x >= float(low)) if left == "[" else (lambda x: x > float(low))
+        below = (lambda x: x <= float(high)) if right == "]" else (lambda x: x < float(high))
+        words = [f"{WORDS[left]} {low}", *([f"{WORDS[right]} {high}"] if high != "inf" else [])]
+        return ", ".join(words), lambda x: above(x) and below(x)
+    name, default, kinds = field.name, field.default, str(field.type)
+    if "int" in kinds and "float" not in kinds:
+        sizes = default if isinstance(default, tuple) else (default or 0,)
+        low, high = SHARED.get(name, (int(default != 0), 16_384 if max(sizes) <= 1_000 else INT32))
+        return f"from {low} to {high:,}", lambda x: low <= x <= high
+    if name in ("gamma", "polyak"):
+        return "between 0 and 1", lambda x: 0 <= x <= 1
+    if name == "lr" or name.endswith("_lr"):
+        return "above 0", lambda x: 0 < x < math.inf
+    if isinstance(default, float) and default >= 0:
+        return "at least 0", lambda x: 0 <= x < math.inf
+    return "a finite number", lambda x: abs(x) < math.inf
+
+
+def _check(name, value, rule, good):
+    """RunError unless `value`, or each number in it, is good; others than numbers pass."""
     if isinstance(value, tuple):
         if not value:
-            raise RunError(f"{where}{_flag(name)}: needs at least one value.")
+            raise RunError(f"{name}: needs at least one value.")
         for one in value:
-            _check(where, name, one)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        rule, good = next(RULES[pattern] for pattern in RULES if re.fullmatch(pattern, name))
-        if not good(value):
-            raise RunError(f"{where}{_flag(name)} {value}: must be {rule}.")
+            _check(name, one, rule, good)
+    elif isinstance(value, int | float) and not isinstance(value, bool) and not good(value):
+        raise RunError(f"{name} {value}: must be {rule}.")
 
 
-def agree(cfg, data, window=""):
-    """RunError where a config contradicts its Dataset; window: the field that counts its steps."""
-    if cfg.eval_episodes and not data.env_id:
+def _agree(cfg, dataset):
+    """RunError where a config contradicts its Dataset."""
+    if cfg.eval_episodes and not dataset.env_id:
         how = "name one with --env-id, or train unscored with --eval-episodes 0"
-        raise RunError(f"{data.name} has no environment to be scored on: {how}.")
-    if cfg.batch_size > (rows := len(data.obs)):
-        why = f"{data.name} has only {rows:,} transitions"
+        raise RunError(f"{dataset.name} has no environment to be scored on: {how}.")
+    if cfg.batch_size > (rows := len(dataset.obs)):
+        why = f"{dataset.name} has only {rows:,} transitions"
         raise RunError(f"--batch-size {cfg.batch_size}: {why}. Choose a smaller one.")
-    if window and (size := getattr(cfg, window)) > (longest := data.length.max()):
-        why = f"the longest episode of {data.name} has {longest:,} steps"
-        raise RunError(f"{_flag(window)} {size}: {why}. Choose a smaller one.")
 
 
 def _resumed(cfg):
@@ -162,7 +189,7 @@ def _is(value, kind):
 
 
 def algorithm(cfg):
-    """The algorithm's name: that of the file which defines the config's class."""
+    """Name of the file that defines the config's class."""
     return Path(inspect.getfile(type(cfg))).stem
 
 
@@ -175,21 +202,3 @@ def module(name):
     sys.modules[spec.name] = found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     return found
-
-
-def machine():
-    """Versions, commit and device: what a run's bits depend on besides its config."""
-    versions = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    git, commit = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40"], ""
-    with suppress(OSError):
-        git += ["--exclude=*", "--dirty=+changes"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    return {
-        "versions": versions,
-        "commit": commit or None,
-        "device": f"CPU, {os.cpu_count()} cores" if device.endswith("x cpu") else device,
-    }

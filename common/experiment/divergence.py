@@ -6,17 +6,17 @@ import jax
 import numpy as np
 from flax import serialization
 
-from common import checkpoint
-from common.checkpoint import RunError
+from common.experiment import checkpoint
+from common.experiment.checkpoint import RunError
 
-EXPLODED = 1e3  # a Q-value is, beyond so many times what any episode of the data could earn
+EXPLODED = 1e3  # limit of a Q-value, in units of what an episode of the data could earn at most
 
 
 class Divergence:
-    """The seeds of a run that have diverged: diverged.json in its folder.
+    """The seeds of a run that have diverged, kept in its folder's diverged.json.
 
-    A seed has when a metric of it is not finite, or a Q-value, a metric q_..., has exploded.
-    seeds: (S,) int.
+    A seed has diverged once one of its metrics is not finite or a `q_*` metric exceeds its limit,
+    EXPLODED. seeds: (S,) int.
     """
 
     def __init__(self, folder, seeds, data):
@@ -24,29 +24,29 @@ class Divergence:
         self._limit = max(1.0, float(np.abs(data.reward).max() * data.length.max())) * EXPLODED
 
     def reopen(self, step):
-        """Those that had at `step`, from the disk. Raises ValueError, KeyError, ... if damaged."""
+        """Read those that had diverged by `step`. Raises ValueError, KeyError, ... if damaged."""
         self._found = {seed: x for seed, x in read(self._folder).items() if x["step"] <= step}
 
     @property
-    def gone(self):
+    def diverged(self):
         """(S,) bool."""
         return np.isin(self._seeds.astype(str), [*self._found])
 
     @property
     def messages(self):
-        """A sentence for each."""
+        """A sentence about each of them."""
         return [x["message"] for x in self._found.values()]
 
     def watch(self, step, metrics, good):
-        """A sentence for each seed that has diverged since the last time, to the disk, too.
+        """Sentences about the seeds that have diverged since the last call, also kept on disk.
 
-        metrics: {name: (S,)}; good: step of the last checkpoint, 0: there is none.
+        metrics: {name: (S,)}; good: step of the last checkpoint, 0: none.
         """
         told = len(self._found)
         kept = f"its last good checkpoint is that of step {good:,}"
         for name, x in metrics.items():
             bad = ~np.isfinite(x) | (name.startswith("q_") & (np.abs(x) > self._limit))
-            for i in np.flatnonzero(bad & ~self.gone):
+            for i in np.flatnonzero(bad & ~self.diverged):
                 what = f"Seed {self._seeds[i]} has diverged, {name} is {x[i]:.3g} at step {step:,}"
                 message = f"{what}: {kept if good else 'it has no good checkpoint'}."
                 self._found[str(self._seeds[i])] = {"step": step, "message": message}
@@ -55,23 +55,23 @@ class Divergence:
             checkpoint.write(path, json.dumps(self._found, indent=1) + "\n")
         return new
 
-    def stop_if_none_is_left(self, new):
+    def stop_if_all(self, new):
         """Raises RunError with the sentences `new` if every seed has diverged."""
-        if self.gone.all():
+        if self.diverged.all():
             how = "Smaller learning rates, or a stronger penalty on Q, may help"
             raise RunError("\n".join([*new, f"No seed is left in {self._folder}. {how}."]))
 
-    def mended(self, state):
-        """`state`, but of the seeds that have diverged what the last checkpoint has."""
-        gone = self.gone
-        _, saved = checkpoint.read(self._folder) if gone.any() else (0, None)
+    def with_last_good(self, state):
+        """`state`, with the last checkpoint's in place of that of the seeds that have diverged."""
+        diverged = self.diverged
+        _, saved = checkpoint.read(self._folder) if diverged.any() else (0, None)
         if saved is None:
             return state
 
-        def mend(x, good):
-            return np.where(gone.reshape(-1, *[1] * (x.ndim - 1)), good, x)
+        def replace(x, good):
+            return np.where(diverged.reshape(-1, *[1] * (x.ndim - 1)), good, x)
 
-        return jax.tree.map(mend, serialization.to_state_dict(jax.device_get(state)), saved)
+        return jax.tree.map(replace, serialization.to_state_dict(jax.device_get(state)), saved)
 
 
 def read(folder):

@@ -3,10 +3,10 @@
 import time
 from math import isfinite
 
-from common.checkpoint import RunError
+from common.experiment.checkpoint import RunError
 
 
-class Boards:
+class Loggers:
     """Writes to `<folder>/tensorboard/s<seed>/`: a run for each seed, drawn in one plot.
 
     wandb: a config (dict) to log to Weights & Biases too, under the project "stillwater"; or None.
@@ -24,7 +24,7 @@ class Boards:
             self.wandb = init(dir=str(folder), config=wandb, **options)
 
     def write(self, step, columns):
-        """columns: {name: (S,)}; what is not finite leaves a gap."""
+        """columns: {name: (S,)}; a value that is not finite leaves a gap."""
         from tensorboardX.event_file_writer import EventsWriter  # no thread, unlike SummaryWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar

@@ -1,31 +1,6 @@
-"""The picture and the statistics of a run."""
+"""The learning curve of a run."""
 
 import numpy as np
-
-
-def units(x):
-    """What x (S, E) has to be counted: each seed's mean of its episodes; of one seed, these."""
-    return x.mean(1) if len(x) > 1 else x[0]
-
-
-def interval(x, size=2000):
-    """(low, high): 95 % bootstrap interval of the mean of x (S, E), its `units` redrawn."""
-    x = units(x)
-    drawn = np.random.default_rng(0).integers(len(x), size=(size, len(x)))
-    return np.percentile(x[drawn].mean(1), [2.5, 97.5])
-
-
-def iqm(x):
-    """Interquartile mean: of the middle half of all values."""
-    x = np.sort(x, axis=None)
-    return x[x.size // 4 : x.size - x.size // 4].mean()
-
-
-def summary(x):
-    """Words for the outcomes x (S, E) of E episodes of S seeds."""
-    (low, high), (s, e) = interval(x), x.shape
-    parts = f"IQM {iqm(units(x)):.1f}, 95 % interval {low:.1f} to {high:.1f}"
-    return f"{x.mean():.1f} ({parts}, {s} seed{'s' * (s > 1)} x {e} episode{'s' * (e > 1)})"
 
 
 def plot(path, title, columns, levels):
@@ -51,13 +26,14 @@ def plot(path, title, columns, levels):
     step = columns["step"][:, 0]
     for names, axis in zip(panels, axes[:, 0], strict=True):
         for i, name in enumerate(names):
-            y, color = columns[name], f"C{i}"
+            seen = np.isfinite(columns[name]).any(1)  # scores come with evaluations alone
+            x, y, color = step[seen], columns[name][seen], f"C{i}"
             seeds = f"policy, mean of {y.shape[1]} seeds" if y.shape[1] > 1 else "policy"
             label = seeds if name == outcome else name
-            axis.plot(step, y, color=color, lw=0.8, alpha=0.4 if y.shape[1] > 1 else 0)
-            marker = "o" if len(step) < 30 else None
-            axis.plot(step, y.mean(1), color=color, lw=2, marker=marker, ms=4, label=label)
-            axis.fill_between(step, y.min(1), y.max(1), color=color, alpha=0.15, lw=0)
+            axis.plot(x, y, color=color, lw=0.8, alpha=0.4 if y.shape[1] > 1 else 0)
+            marker = "o" if len(x) < 30 else None
+            axis.plot(x, y.mean(1), color=color, lw=2, marker=marker, ms=4, label=label)
+            axis.fill_between(x, y.min(1), y.max(1), color=color, alpha=0.15, lw=0)
         if names == [outcome]:
             for (label, level), style in zip(levels.items(), ("--", ":", "-."), strict=False):
                 axis.axhline(level, color="0.35", ls=style, lw=1.3, label=f"{label}, {level:,.1f}")

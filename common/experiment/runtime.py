@@ -1,20 +1,28 @@
-"""Where a run computes: its seeds over all local devices; its programs kept for the next start."""
+"""What a run runs on: devices, compiled programs, signals, versions."""
 
 import hashlib
 import os
 import platform
-from contextlib import suppress
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 
 import jax
 import numpy as np
 
+PROJECT = Path(__file__).resolve().parents[2]
+PACKAGES = ["jax", "jaxlib", "flax", "optax", "distrax", "gymnasium", "mujoco", "numpy"]
 
-def spread(tree):
-    """`tree`, whose arrays all have the seeds as axis 0, shared out among the local devices.
 
-    As many of them work as divide the number of seeds: each has whole seeds, and they have nothing
-    to say to each other.
+def shard_seeds(tree):
+    """`tree`, whose arrays all have the seeds as axis 0, sharded over the local devices.
+
+    Uses the largest number of devices that divides the number of seeds: each device holds whole
+    seeds, which are independent.
     """
     seeds = len(jax.tree.leaves(tree)[0])
     devices = jax.local_devices()
@@ -24,10 +32,11 @@ def spread(tree):
 
 
 def keep_programs():
-    """Lets JAX keep what it compiles, in $XDG_CACHE_HOME/stillwater or ~/.cache/stillwater.
+    """Keep compiled programs in $XDG_CACHE_HOME/stillwater or ~/.cache/stillwater.
 
-    A user's own JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE comes first. Programs are
-    machine code: each kind of processor has a folder of its own, for homes that several share.
+    A user's own JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE takes precedence.
+    Programs are machine code: each kind of processor has its own folder, as machines may share a
+    home.
     """
     if jax.config.jax_compilation_cache_dir:
         return
@@ -38,9 +47,65 @@ def keep_programs():
     root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     kind = hashlib.sha256(words.encode()).hexdigest()[:16]
     folder = Path(root, "stillwater", "programs", kind)
-    with suppress(OSError):  # a read-only home: compiled anew each time
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # who writes there runs code as you
+    with suppress(OSError):  # a read-only home: every start compiles
+        folder.mkdir(
+            parents=True, exist_ok=True, mode=0o700
+        )  # whoever writes there runs code as you
         if os.access(folder, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(folder))
             jax.config.update("jax_compilation_cache_max_size", 2**30)  # bytes; oldest go first
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@contextmanager
+def on_interrupt(first, again):
+    """Handles Ctrl-C while the main thread waits for XLA: in a thread, the first SIGINT or SIGTERM
+    calls first(), each later one again().
+
+    Python runs its own handlers in the main thread between two lines of Python, that is only when
+    XLA returns from a compiled chunk, perhaps minutes later. Outside a program's main thread this
+    does nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def listen():
+        calls = first
+        while byte := os.read(reading, 1):
+            if byte[0] in before:
+                calls()
+                calls = again
+        os.close(reading)
+
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    wakeup = signal.set_wakeup_fd(writing)
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(writing)
+
+
+def machine():
+    """Versions, commit and device, on which a run's bits depend besides its config."""
+    versions = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    git, commit = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40"], ""
+    with suppress(OSError):
+        git += ["--exclude=*", "--dirty=+changes"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {
+        "versions": versions,
+        "commit": commit or None,
+        "device": f"CPU, {os.cpu_count()} cores" if device.endswith("x cpu") else device,
+    }

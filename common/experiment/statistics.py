@@ -1,10 +1,9 @@
-"""The statistics of benchmarks/report.py. The score of a seed is its mean over the episodes of an
-evaluation; x (K, S) holds those of S seeds on each of K datasets.
+"""Statistics over seeds and episodes. A seed's score is the mean over its evaluation's episodes.
 
-Bootstrap: seeds are drawn with replacement within each dataset, the datasets stay ("stratified",
-Agarwal et al. 2021, arXiv:2108.13264). The lowest of three seeds is drawn three times in one of 27
-resamples, more than 2.5 %: on one dataset the interval of two or three seeds is their range.
-The interquartile mean is common/curve.py's, as at the end of a run.
+Scores of S seeds on K datasets are arrays (K, S). The bootstrap draws seeds with replacement within
+each dataset ("stratified", Agarwal et al. 2021, arXiv:2108.13264). The lowest of three seeds is
+drawn three times in one of 27 resamples, more than 2.5 %: on one dataset the interval of two or
+three seeds is their range.
 """
 
 import numpy as np
@@ -24,6 +23,19 @@ def interval(x, statistic=np.mean, size=2000):
 def of_seeds(x):
     """(1, S) for the above, of x (S, E) on one dataset; of one seed its episodes, (1, E)."""
     return x.mean(1)[None] if len(x) > 1 else x
+
+
+def iqm(x):
+    """Interquartile mean: of the middle half of all values."""
+    x = np.sort(x, axis=None)
+    return x[x.size // 4 : x.size - x.size // 4].mean()
+
+
+def summary(x):
+    """Words for the outcomes x (S, E) of E episodes of S seeds."""
+    (low, high), (s, e) = interval(of_seeds(x)), x.shape
+    parts = f"IQM {iqm(of_seeds(x)):.1f}, 95 % interval {low:.1f} to {high:.1f}"
+    return f"{x.mean():.1f} ({parts}, {s} seed{'s' * (s > 1)} x {e} episode{'s' * (e > 1)})"
 
 
 def profile(x, tau):

@@ -394,7 +394,7 @@ def test_value_loss_by_hand(state, data, frozen):
     x = noisy64(batch, *frozen, CFG)
     j = (np.sin(x) * np.arange(H)[:, None]).sum((1, 2)) + frozen[0]
     mine, _ = diffuser.value_loss({}, state, batch, KEY, CFG)
-    np.testing.assert_allclose(mine, np.mean((j - f64(batch.to_go)) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(mine, np.mean((j - f64(batch.returns_to_go)) ** 2), rtol=1e-5)
 
 
 def test_times_are_uniform(state):
@@ -420,7 +420,7 @@ def test_update_by_hand(state, data, frozen):
         return np.sum(weight * error) / (A + D) / np.sum(f64(batch.mask))
 
     def value64(params):
-        return np.mean((affine_j(params, x, t) - f64(batch.to_go)) ** 2)
+        return np.mean((affine_j(params, x, t) - f64(batch.returns_to_go)) ** 2)
 
     new, info = diffuser.update(state, batch, KEY, CFG)
     assert info.keys() == {"model_loss", "value_loss", "j"}
@@ -465,8 +465,8 @@ def test_returns_are_discounted_to_the_episodes_end_and_true_ends_cost(state, da
     reward[TERMINAL] -= 100
     for row in range(16):
         end = next(f + n for f, n in zip(FIRST, LENGTHS, strict=True) if row < f + n)
-        to_go = sum(0.9**k * reward[i] for k, i in enumerate(range(row, end))) / 50
-        np.testing.assert_allclose(batch.to_go[row], to_go, rtol=1e-5, atol=1e-6)
+        returns_to_go = sum(0.9**k * reward[i] for k, i in enumerate(range(row, end))) / 50
+        np.testing.assert_allclose(batch.returns_to_go[row], returns_to_go, rtol=1e-5, atol=1e-6)
 
 
 def test_with_a_goal_windows_are_whole_and_all_of_them(maze, walk):

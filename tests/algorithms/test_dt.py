@@ -97,12 +97,16 @@ def block64(p, tokens, heads):
     return out
 
 
-def policy64(params, obs, action, to_go, time, cfg=CFG):
+def policy64(params, obs, action, returns_to_go, time, cfg=CFG):
     """Actions (T, A) of T steps of one episode, no padding; the last row of `action` is unused."""
     p, tokens = params["params"], []
     for t in range(len(obs)):
         when = p["Embed_0"]["embedding"][min(time[t], cfg.max_time - 1)]
-        for name, x in ("Dense_0", to_go[t : t + 1]), ("Dense_1", obs[t]), ("Dense_2", action[t]):
+        for name, x in (
+            ("Dense_0", returns_to_go[t : t + 1]),
+            ("Dense_1", obs[t]),
+            ("Dense_2", action[t]),
+        ):
             tokens.append(norm64(p["LayerNorm_0"], dense64(p[name], x) + when))
     for i in range(cfg.layers):
         tokens = block64(p[f"Block_{i}"], tokens, cfg.heads)
@@ -197,7 +201,7 @@ def full(state, data):
     return batch
 
 
-@pytest.mark.parametrize("field", ["obs", "to_go", "action", "time"])
+@pytest.mark.parametrize("field", ["obs", "returns_to_go", "action", "time"])
 @pytest.mark.parametrize("step", range(K))
 def test_future_changes_nothing_and_the_past_does(field, step, state, full):
     """An action is seen from the next step on, the rest from its own."""
@@ -207,7 +211,7 @@ def test_future_changes_nothing_and_the_past_does(field, step, state, full):
     assert np.all(np.abs(before - after)[:, seen:].max(-1) > 1e-5)
 
 
-@pytest.mark.parametrize("field", ["obs", "to_go", "action", "time"])
+@pytest.mark.parametrize("field", ["obs", "returns_to_go", "action", "time"])
 def test_padding_changes_nothing(field, calm, batch, updated):
     x = getattr(batch, field)
     noise = (100 * jax.random.normal(KEY, x.shape)).astype(x.dtype)
@@ -259,8 +263,8 @@ def test_window(row, rows, state, data):
     expected = (obs[rows] - obs.mean(0)) / (obs.std(0) + 1e-3)
     np.testing.assert_allclose(window.obs[K - n :], expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(window.action[K - n :], data.action[jnp.array(rows)])
-    to_go = [reward[i:end].sum() / CFG.rtg_scale for i in rows]  # to the episode's true end
-    np.testing.assert_allclose(window.to_go[K - n :], to_go, rtol=1e-5, atol=1e-6)
+    returns_to_go = [reward[i:end].sum() / CFG.rtg_scale for i in rows]  # to the episode's true end
+    np.testing.assert_allclose(window.returns_to_go[K - n :], returns_to_go, rtol=1e-5, atol=1e-6)
 
 
 def test_every_row_begins_a_window_as_often(state, data, monkeypatch):
@@ -390,12 +394,12 @@ def test_acting_is_the_transformer_on_the_last_steps(state):
         actions.append(f64(action))
         chex.assert_trees_all_equal_shapes(carry, dt.empty(episodes, D, A, CFG))
     seen = (obs - f64(state.obs_mean)) / f64(state.obs_std)
-    to_go = (np.array([3, 3, 3, 1, 1]) - np.cumsum(reward, 0)) / CFG.rtg_scale
+    returns_to_go = (np.array([3, 3, 3, 1, 1]) - np.cumsum(reward, 0)) / CFG.rtg_scale
     actions, params = np.stack(actions), f64(state.actor.params)
     for t in range(steps):
         part = slice(max(0, t + 1 - K), t + 1)
         for e in range(episodes):
-            history = (x[part, e] for x in (seen, actions, to_go))
+            history = (x[part, e] for x in (seen, actions, returns_to_go))
             expected = policy64(params, *history, np.arange(steps)[part])[-1]
             np.testing.assert_allclose(actions[t, e], expected, rtol=1e-3, atol=2e-5)
     assert np.std(actions) > 0.1

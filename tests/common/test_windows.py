@@ -36,23 +36,23 @@ def test_steps_by_hand(data):
         assert getattr(steps, name) is getattr(data, name)
     assert steps.time.tolist() == [0, 1, 2, 0, 1, 0]
     assert steps.end.tolist() == [3, 3, 3, 5, 5, 6]
-    assert steps.to_go.tolist() == [7, 6, 4, 2, -1, 5]
+    assert steps.returns_to_go.tolist() == [7, 6, 4, 2, -1, 5]
     assert steps.time.dtype == steps.end.dtype == np.int32
-    assert steps.to_go.dtype == np.float32
-    np.testing.assert_array_equal(steps.to_go[data.start], data.returns())
+    assert steps.returns_to_go.dtype == np.float32
+    np.testing.assert_array_equal(steps.returns_to_go[data.start], data.returns())
 
 
 def test_returns_to_go_are_discounted_from_each_row_on(data):
-    to_go = data.steps(gamma=0.5).to_go
-    assert to_go.tolist() == [1 + 0.5 * 2 + 0.25 * 4, 2 + 0.5 * 4, 4, 3 - 0.5, -1, 5]
-    assert data.steps(gamma=0.0).to_go.tolist() == REWARD
+    returns_to_go = data.steps(gamma=0.5).returns_to_go
+    assert returns_to_go.tolist() == [1 + 0.5 * 2 + 0.25 * 4, 2 + 0.5 * 4, 4, 3 - 0.5, -1, 5]
+    assert data.steps(gamma=0.0).returns_to_go.tolist() == REWARD
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.5])
 def test_at_end_counts_at_true_terminals_alone(data, gamma):
     """Not at the time limit of the first episode; the reward itself stays."""
     steps, plain = data.steps(gamma, at_end=-100.0), data.steps(gamma)
-    gap = steps.to_go - plain.to_go
+    gap = steps.returns_to_go - plain.returns_to_go
     np.testing.assert_allclose(gap, [0, 0, 0, -100 * gamma, -100, -100], rtol=1e-6)
     assert steps.reward.tolist() == data.reward.tolist() == REWARD
 
@@ -73,7 +73,7 @@ def test_returns_to_go_are_summed_in_float64(gamma):
             total = r + gamma * total
             backwards.append(total)
         expected += backwards[::-1]
-    np.testing.assert_array_equal(data.steps(gamma).to_go, np.float32(expected))
+    np.testing.assert_array_equal(data.steps(gamma).returns_to_go, np.float32(expected))
 
 
 # --- Windows ---

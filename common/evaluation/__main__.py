@@ -1,0 +1,56 @@
+"""Scores or films a trained run: python -m common.evaluation runs/iql/..."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import tyro
+
+from common import evaluation
+from common.evaluation import video as films
+
+
+def main(
+    run: tyro.conf.Positional[Path], video: Path | None = None, episodes: int = 0, seed: int = 0
+):
+    """Score a trained run's last checkpoint, every seed, as its training did; or film one seed.
+
+    Args:
+        run: run folder
+        video: film to write instead of scoring, .mp4 or .gif
+        episodes: number of episodes; 0: as many as in training, one for a film
+        seed: which of the run's seeds to film, counted from 0
+    """
+    if video:
+        films.choose_renderer()
+    module, cfg, state = evaluation.load(run)
+    data = json.loads((run / "config.json").read_text())["dataset"]
+    env_id = data["env_id"]
+    if not 0 <= seed < cfg.num_seeds:
+        raise evaluation.EvaluationError(
+            f"--seed {seed}: {run} holds seeds 0 to {cfg.num_seeds - 1}, counted from 0."
+        )
+    act = jax.jit(jax.vmap(module.policy(cfg), (0, 0, 0, 0, None)))
+    if video:
+        act = functools.partial(act, jax.tree.map(lambda x: x[seed : seed + 1], state))
+        returns = films.film(act, env_id, video, episodes or 1)
+        print(f"{video}: {env_id}, return {', '.join(f'{r:.1f}' for r in returns)}")
+        return
+    act = functools.partial(act, state)
+    returns = evaluation.evaluate(act, env_id, cfg.num_seeds, episodes or cfg.eval_episodes)
+    low, high = data["ref_min_score"], data["ref_max_score"]
+    for i, row in enumerate(returns):
+        mean = f"return {row.mean():.1f} +- {row.std():.1f}"
+        score = "" if low is None else f", score {100 * (row.mean() - low) / (high - low):.1f}"
+        print(f"seed {cfg.seed + i}: {mean}{score}, {len(row)} episodes of {env_id}")
+    saved = evaluation.recorded(run)
+    if saved is not None and np.shape(saved) == returns.shape:
+        left = np.isfinite(saved).all(1)  # seeds that have not diverged
+        same = np.array_equal(np.array(saved)[left], returns[left])
+        print("Bit for bit what training recorded." if same else "Training recorded other returns.")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
