@@ -1,16 +1,14 @@
 """Finished runs -> one JSON each under benchmarks/results/runs; of all of them, README's tables.
 
-    python benchmarks/report.py runs/iql/... runs/cql/...   # adds these runs, then as below
-    python benchmarks/report.py                             # README's tables and the pictures
+    python -m benchmarks.report runs/iql/... runs/cql/...   # adds these runs, then as below
+    python -m benchmarks.report                             # README's tables and the pictures
 
 A run's JSON holds its command, config, commit, versions, device, curve and the returns of every
-evaluation. score_runs.py merges and chooses runs, stats.py counts, score_tables.py, speed_tables.py
-and figures.py show.
+evaluation. scores/runs.py merges and chooses runs; tables.py and figures.py of scores/ and speed/
+show them.
 """
 
-import csv
 import json
-import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +16,13 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from benchmarks.scores import figures
+from benchmarks.scores import tables as score_tables
+from benchmarks.scores.runs import add, comparable_runs, merge
+from benchmarks.speed import tables as speed_tables
+from common.experiment import statistics
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))  # finds common/
-from benchmarks import figures, score_tables, speed_tables, stats  # noqa: E402
-from benchmarks.score_runs import command, merge, together  # noqa: E402
 
 SCORES = {  # marks in the README, and who writes there
     "headline": score_tables.headline,
@@ -35,59 +36,6 @@ SCORES = {  # marks in the README, and who writes there
 class Config:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()  # run folders to add
     results: str = str(ROOT / "benchmarks/results")  # where everything goes
-
-
-def add(folder, results):
-    """Writes the run's JSON below `results`: its Path."""
-    run = collect(folder)
-    parts = run["algorithm"], run["dataset"].replace("/", "-"), folder.resolve().name
-    path = results / "runs" / ("-".join(parts) + ".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in run.items()]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
-    return path
-
-
-def collect(folder):
-    """What a run folder says of itself, as plain data.
-
-    evaluations: {updates: (S, E) returns to two decimals}; returns: the last one's in full; curve:
-    {updates: (S,) means}; seconds: {updates: of training and evaluating until then}.
-    """
-    info = json.loads((folder / "config.json").read_text("utf-8"))
-    returns = json.loads((folder / "returns.json").read_text("utf-8"))
-    config, dataset = info["config"], info["dataset"]
-    if str(config["num_updates"]) not in returns:
-        raise SystemExit(f"{folder} has not finished: nothing at update {config['num_updates']:,}")
-    with open(folder / "metrics.csv", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["step"] in returns]
-    made = dataset["metadata"].get("stillwater", {})
-    return {
-        "algorithm": info["algorithm"],
-        "dataset": dataset["name"],
-        "env_id": dataset["env_id"],
-        "command": command(info),
-        "config": {k: v for k, v in config.items() if k not in ("out", "resume", "wandb")},
-        **{k: info[k] for k in ("commit", "versions", "device")},
-        "data": {
-            **{k: dataset[k] for k in ("mean_return", "best_return", "sha256")},
-            "ref_min": dataset["ref_min_score"],
-            "ref_max": dataset["ref_max_score"],
-            "policy_return": made.get("medium_policy_return"),
-            "source": whose(dataset),
-        },
-        "curve": {step: np.mean(x, 1).round(2).tolist() for step, x in returns.items()},
-        "seconds": {row["step"]: float(row["seconds"]) for row in rows},
-        "evaluations": {step: np.round(x, 2).tolist() for step, x in returns.items()},
-        "returns": returns[str(config["num_updates"])],
-    }
-
-
-def whose(dataset):
-    """Whose data: our own (collect.py leaves its settings in them), D4RL's, or another's."""
-    if "stillwater" in dataset["metadata"]:
-        return "ours"
-    return "D4RL" if dataset["layout"] == "D4RL" and dataset["verified"] is not False else "other"
 
 
 def value_table(rows):
@@ -113,7 +61,7 @@ def peers_table(runs, peers):
         theirs = [peer["returns"][str(updates)] for peer in group]
         for returns in (ours(runs, algorithm, dataset, updates), theirs):
             score = 100 * (np.array(returns) - low) / (high - low)
-            ends = "{:.1f}, {:.1f}".format(*stats.interval(stats.of_seeds(score)))
+            ends = "{:.1f}, {:.1f}".format(*statistics.interval(statistics.of_seeds(score)))
             seeds = f"{len(score)} seed{'s' * (len(score) > 1)}"
             cells.append(f"{score.mean():.1f} [{ends}], {seeds}")
         cells = [dataset, algorithm, f"{updates:,}", cells[0], group[0]["peer"]["name"], cells[1]]
@@ -172,7 +120,7 @@ def planning_table(rows):
     names = ["dataset", "Diffuser's planner", "ms a step, 1 episode", "10 episodes", "score"]
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     for row in rows:
-        low, high = stats.interval(np.array([row["scores"]]))
+        low, high = statistics.interval(np.array([row["scores"]]))
         score = (
             f"{np.mean(row['scores']):.1f} [{low:.1f}, {high:.1f}], {len(row['scores'])} episodes"
         )
@@ -207,7 +155,7 @@ def draw(runs, source, results):
     """The pictures of runs on one source's data."""
     if runs:
         figures.curves(runs, results / score_tables.picture("curves", source))
-    datasets, found, _ = together(runs)
+    datasets, found, _ = comparable_runs(runs)
     if len(datasets) > 1 and found:
         figures.profiles(datasets, found, results / score_tables.picture("profiles", source))
 

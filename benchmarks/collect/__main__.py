@@ -10,7 +10,7 @@
 Actions are sampled, a time limit is a truncation and never a termination. The result is a Minari
 dataset with its provenance: `<out>/stillwater/<env>/<kind>-v0/data/{metadata.json,main_data.hdf5}`.
 
-Run: python benchmarks/collect.py --env-id Hopper-v5 --kind medium
+Run: python -m benchmarks.collect --env-id Hopper-v5 --kind medium
 
 All kinds of one environment and seed share one SAC run. Ctrl-C keeps what was trained; the same
 command goes on from there. Soft Actor-Critic: Haarnoja et al. 2018, arXiv:1812.05905; the protocol:
@@ -44,17 +44,9 @@ from flax import serialization, struct
 from flax.training.train_state import TrainState
 from minari.data_collector import EpisodeBuffer
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds benchmarks/ and common/
-from benchmarks import waypoints  # noqa: E402
-from common import evaluation, mazes  # noqa: E402
-
-# Returns that score 0 and 100, per environment: D4RL's (infos.py). Others are measured.
-REFERENCE = {
-    "HalfCheetah": (-280.178953, 12135.0),
-    "Hopper": (-20.272305, 3234.3),
-    "Walker2d": (1.629008, 4592.3),
-    "Ant": (-325.6, 3879.7),
-}
+from benchmarks.collect import waypoints
+from common import evaluation
+from common.datasets import REFERENCE
 
 MADE_BY = {"random": "uniform actions", "waypoint": "waypoint controller"}  # the rest by SAC
 
@@ -468,14 +460,14 @@ def export(cfg, env, rows, ref_min, ref_max, source, about):
             algorithm_name=MADE_BY.get(cfg.kind, "SAC"),
             author="Stillwater",
             requirements=[f"{p}=={version(p)}" for p in packages],
-            description=f"{cfg.kind} data of {cfg.env_id}, by Stillwater's benchmarks/collect.py",
+            description=f"{cfg.kind} data of {cfg.env_id}, by Stillwater's benchmarks/collect",
         )
     dataset.storage.update_metadata(
         {
             "ref_min_score": ref_min,
             "ref_max_score": ref_max,
             "stillwater": {
-                "command": "python benchmarks/collect.py " + " ".join(sys.argv[1:]),
+                "command": "python -m benchmarks.collect " + " ".join(sys.argv[1:]),
                 "config": asdict(cfg),
                 "reference_from": source,
                 "returns": {
@@ -519,7 +511,7 @@ def compress(old, new):
 
 def record_walk(cfg, env):
     """Rows of a waypoint dataset, cut into episodes of the time limit, and reference returns."""
-    goal = mazes.goal_cell(cfg.env_id)
+    goal = evaluation.goal_cell(cfg.env_id)
     if goal is None:
         raise SystemExit(f"--kind waypoint needs PointMaze's UMaze, Medium or Large: {cfg.env_id}")
     worst = waypoints.returns(env, 100, cfg.seed).mean()

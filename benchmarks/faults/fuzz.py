@@ -1,6 +1,6 @@
 """Damaged files for the HDF5 reader: what it makes of them, and that it survives.
 
-    python benchmarks/fuzz.py --files 10000 --seed 0
+    python -m benchmarks.faults.fuzz --files 10000 --seed 0
 
 Small whole files in D4RL's and in Minari's layout, stored in several ways, are damaged in turn:
 bits flipped, cut short, blocks swapped, bytes put in, and, where the structure lies, sizes,
@@ -37,9 +37,10 @@ import h5py
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))  # finds common/
-from common import datasets, sources  # noqa: E402
+from common import datasets
+from common.datasets import sources
+
+ROOT = Path(__file__).resolve().parents[2]
 
 LIMIT = 10.0  # seconds for one file
 MEMORY = 4 * 2**30  # bytes of address space beyond what a process has at its start

@@ -1,6 +1,6 @@
 """Kills runs at random moments, resumes them, and compares with a run that was left alone.
 
-    python benchmarks/resume.py    # 24 times IQL, 8 times COMBO; half an hour on one core
+    python -m benchmarks.faults.resume    # 24 times IQL, 8 times COMBO; half an hour on one core
 
 Each trial starts the real command, kills it (SIGKILL) while it trains, evaluates or writes its
 checkpoint, and resumes it with --resume, killing again, until the trial's kills are spent; then it
@@ -23,9 +23,10 @@ from pathlib import Path
 import jax
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))  # finds common/
-from common import checkpoint, config, evaluation, experiment  # noqa: E402
+from common import evaluation, experiment
+from common.experiment import checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PHASES = ("starting", "training", "evaluating", "writing the checkpoint")
 RUNS = {  # long enough to be hit anywhere, short enough to be run thirty times
@@ -77,7 +78,7 @@ def child(mark, script, *flags):
 def start(algorithm, mark, *flags):
     script = str(ROOT / "algorithms" / f"{algorithm}.py")
     mark.write_bytes(b"\0")
-    command = [sys.executable, __file__, "child", str(mark), script, *flags]
+    command = [sys.executable, "-m", "benchmarks.faults.resume", "child", str(mark), script, *flags]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -137,7 +138,7 @@ def trial(algorithm, kills, folder, seconds):
         if not hit:
             break  # finished before its turn came
         (run,) = out.glob("*/*/*")
-        hits.append((hit, checkpoint.read(run)[0]))
+        hits.append((hit, experiment.last_step(run)))
         print(f"{algorithm}: killed while {hit}, checkpoint of step {hits[-1][1]:,}", flush=True)
     found = [path.parent for path in out.glob("*/*/*/config.json")]
     finish(start(algorithm, mark, "--resume", str(found[0])))
@@ -168,7 +169,7 @@ def main(cfg: Config):
             row = {"algorithm": algorithm, "command": RUNS[algorithm], "kills": phases.total()}
             row |= {"phases": phases, "runs": trials, "runs_with_equal_bits": same}
             rows.append(row)
-    facts = {"seed": cfg.seed, **config.machine()}
+    facts = {"seed": cfg.seed, **experiment.machine()}
     Path(cfg.results).write_text(json.dumps({"rows": rows, **facts}, indent=1) + "\n", "utf-8")
     if any(row["runs"] != row["runs_with_equal_bits"] for row in rows):
         raise SystemExit("resumed runs differ")

@@ -1,7 +1,7 @@
 """Scores of other people's implementations on our data: the same rows, updates and evaluation.
 
-    python benchmarks/parity/scores.py data --env stillwater/halfcheetah/medium-v0 --file data.npz
-    python benchmarks/parity/scores.py iql --checkout DIR --file data.npz --updates 100000
+    python -m benchmarks.parity.scores data --env stillwater/halfcheetah/medium-v0 --file data.npz
+    python -m benchmarks.parity.scores iql --checkout DIR --file data.npz --updates 100000
 
 `data`, in our environment, writes a dataset's rows; `iql`, `awac`, `cql` or `dt`, in the peer's
 (PEERS tells which), trains it and writes benchmarks/results/peers/NAME.json, which
@@ -244,7 +244,6 @@ def evaluate(act, env, episodes=10):
 
 
 def write_data(env, file):
-    sys.path.insert(1, str(ROOT))  # finds common/
     from common import datasets
 
     data = datasets.load(env)

@@ -1,16 +1,16 @@
 """A grid of runs, algorithms x datasets x seeds, by the public commands; called again, it goes on.
 
-    python benchmarks/scores.py                                   # the default grid, short runs
-    python benchmarks/scores.py --algorithms iql awac --num-seeds 5 --budget full
-    python benchmarks/scores.py --dry-run                         # the commands; what is done
+    python -m benchmarks.scores                                   # the default grid, short runs
+    python -m benchmarks.scores --algorithms iql awac --num-seeds 5 --budget full
+    python -m benchmarks.scores --dry-run                         # the commands; what is done
 
 A cell is one command, `python algorithms/NAME.py --env ...`. It is done when a run folder below
 --out whose config.json holds its very config has the returns of the last update, which then go to
 --results (see report.py); one with a checkpoint is resumed; else a new one begins. The output goes
 to <out>/logs. On a cluster whose machines share this folder and --out:
 
-    python benchmarks/scores.py --seeds-per-run 1 --slurm grid.sh && sbatch grid.sh
-    python benchmarks/scores.py --seeds-per-run 1 --ray auto      # needs pip install ray
+    python -m benchmarks.scores --seeds-per-run 1 --slurm grid.sh && sbatch grid.sh
+    python -m benchmarks.scores --seeds-per-run 1 --ray auto      # needs pip install ray
 """
 
 import dataclasses
@@ -33,10 +33,10 @@ from typing import Literal, NamedTuple
 
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))  # finds benchmarks/ and common/
-from benchmarks import report, scores_cluster  # noqa: E402
-from common import config  # noqa: E402
+from benchmarks.scores import cluster, runs
+from common import experiment
+
+ROOT = Path(__file__).resolve().parents[2]
 
 BUDGETS = {  # each algorithm's flags
     "short": {  # three seeds on three datasets: a night of two CPU cores
@@ -100,17 +100,17 @@ def grid(cfg):
         words += ["--seed", str(seed), "--num-seeds", str(count), "--out", cfg.out]
         module = load(algorithm)
         wanted = tyro.cli(module.Config, args=words)
-        wanted = essence(config.resolve(wanted, getattr(module, "PAPER", None)))
+        wanted = identity(experiment.resolve(wanted, getattr(module, "TUNED", None)))
         stamp = hashlib.sha256(repr(wanted).encode()).hexdigest()[:8]
         label = re.sub(r"[^\w.%]+", "-", f"{name}-{env}-s{seed}x{count}")[-100:]
         cells.append(Cell(f"{label}-{stamp}", algorithm, wanted, words))
     return cells
 
 
-load = functools.cache(config.module)
+load = functools.cache(experiment.module)
 
 
-def essence(cfg):
+def identity(cfg):
     """A run's config without what leaves its numbers as they are."""
     return dataclasses.replace(cfg, out="", resume="", wandb=False)
 
@@ -128,10 +128,10 @@ def find(cell, out):
     """("done", "partly done" or "missing", the newest such run folder of this config)."""
     found = {"missing": None}
     for folder in sorted(out.glob(f"{cell.algorithm}/*/*/")):
-        with suppress(config.RunError, OSError, ValueError):  # damaged: as if it were not there
-            info = config.read(folder)
-            stored = config.build(type(cell.config), info["config"], folder)
-            if essence(stored) == left_to_the_run(cell.config, stored, info["command"]):
+        with suppress(experiment.RunError, OSError, ValueError):  # damaged: as if it were not there
+            info = experiment.read(folder)
+            stored = experiment.build(type(cell.config), info["config"], folder)
+            if identity(stored) == left_to_the_run(cell.config, stored, info["command"]):
                 path, last = folder / "returns.json", str(cell.config.num_updates)
                 if path.exists() and last in json.loads(path.read_text("utf-8")):
                     found["done"] = folder
@@ -162,7 +162,7 @@ def run(cell, cfg, children, stops):
             return "running elsewhere"
         state, folder = find(cell, out)
         if state == "done":
-            report.add(folder, Path(cfg.results))
+            runs.add(folder, Path(cfg.results))
             print(f"{cell.name}: done before", flush=True)
             return "done"
         if stops:
@@ -183,7 +183,7 @@ def run(cell, cfg, children, stops):
         state, folder = find(cell, out)
         minutes = (time.time() - began) / 60
         if state == "done":
-            path = report.add(folder, Path(cfg.results))
+            path = runs.add(folder, Path(cfg.results))
             print(f"{cell.name}: done in {minutes:.1f} min, {path.name}", flush=True)
             return "done"
         state = "stopped" if stops else "failed"
@@ -217,7 +217,7 @@ def fitting():
     """How many runs at once; asked in another process, as JAX in this one would take the GPU."""
     code = "import jax; print(jax.default_backend())"
     backend = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
-    return max(1, os.cpu_count() // scores_cluster.CORES) if backend.split()[-1:] == ["cpu"] else 1
+    return max(1, os.cpu_count() // cluster.CORES) if backend.split()[-1:] == ["cpu"] else 1
 
 
 def main(cfg: Config):
@@ -236,9 +236,9 @@ def main(cfg: Config):
         states = [state for state, _ in states]
         print(", ".join(f"{states.count(x)} {x}" for x in ("done", "partly done", "missing")))
     elif cfg.slurm:
-        scores_cluster.slurm(cfg, len(cells))
+        cluster.slurm(cfg, len(cells))
     else:
-        states = scores_cluster.on_ray(cfg, len(cells)) if cfg.ray else work(cells, cfg)
+        states = cluster.on_ray(cfg, len(cells)) if cfg.ray else work(cells, cfg)
         failed = [cell.name for cell, x in zip(cells, states, strict=True) if x == "failed"]
         if failed:
             print(f"{len(failed)} of {len(cells)} failed: {' '.join(failed)}")

@@ -24,7 +24,7 @@ exec {words} "$SLURM_ARRAY_TASK_ID"
 
 def words(cfg):
     """Words of scores.py's own command for one cell, whose number is to follow."""
-    found = [sys.executable, str(Path(__file__).resolve().with_name("scores.py"))]
+    found = [sys.executable, "-m", "benchmarks.scores"]
     for field in dataclasses.fields(cfg):
         value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
         if value != field.default and field.name not in ("jobs", "dry_run", "slurm", "ray"):

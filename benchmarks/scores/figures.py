@@ -5,10 +5,18 @@ import matplotlib
 import numpy as np
 
 matplotlib.use("Agg")
-from matplotlib import pyplot, ticker  # noqa: E402
+from matplotlib import pyplot, ticker
 
-from benchmarks import stats  # noqa: E402
-from benchmarks.score_runs import STANDARD, behaviour, chosen, matrix, moves, score, short  # noqa: E402
+from benchmarks.scores.runs import (
+    STANDARD,
+    behaviour,
+    chosen,
+    is_locomotion,
+    matrix,
+    score,
+    short,
+)
+from common.experiment import statistics
 
 OKABE_ITO = "0.6 0.2 #e69f00 #0072b2 #d55e00 #cc79a7 #009e73 #56b4e9".split()
 COLORS = dict(zip(STANDARD, OKABE_ITO, strict=True))
@@ -20,7 +28,7 @@ def curves(runs, path):
     """A panel for each dataset: score against updates, mean of the seeds and their range."""
     best = chosen(runs)
     about = {dataset: run for (_, dataset), run in best.items()}
-    datasets = sorted(about, key=lambda dataset: (not moves(about[dataset]), dataset))
+    datasets = sorted(about, key=lambda dataset: (not is_locomotion(about[dataset]), dataset))
     rows = -(-len(datasets) // 3)
     columns = -(-len(datasets) // rows)
     size = 4.1 * columns + 0.4, (4.2 if rows == 1 else 3.3) * rows
@@ -63,9 +71,9 @@ def profiles(datasets, found, path):
     tau = np.linspace(min(0, every.min()) - 1, every.max() + 3, 400)
     for name, x in scores.items():
         line = {"color": COLORS[name], "lw": 1.8, "ls": DASHES[x.shape[1] > 1]}
-        axis.step(tau, stats.profile(x, tau), **line)
+        axis.step(tau, statistics.profile(x, tau), **line)
         if x.shape[1] > 1:
-            band = stats.profile_band(x, tau)
+            band = statistics.profile_band(x, tau)
             axis.fill_between(tau, *band, color=COLORS[name], alpha=0.12, lw=0, step="pre")
     axis.set(xlabel="normalised score", ylabel="share of runs with a higher score")
     axis.set_title(", ".join(map(short, datasets)), fontsize=11)

@@ -1,5 +1,6 @@
-"""Collected runs (see report.py) made ready for tables and figures: named, merged, chosen."""
+"""Finished runs, collected from their folders; named, merged and chosen for tables and figures."""
 
+import csv
 import json
 import re
 from collections import defaultdict
@@ -40,6 +41,59 @@ def origin(folder):
     """What makes a run folder's policy anew: {"command": ..., "commit": ...}."""
     info = json.loads((Path(folder) / "config.json").read_text("utf-8"))
     return {"command": command(info), "commit": info["commit"]}
+
+
+def add(folder, results):
+    """Writes the run's JSON below `results`: its Path."""
+    run = collect(folder)
+    parts = run["algorithm"], run["dataset"].replace("/", "-"), folder.resolve().name
+    path = results / "runs" / ("-".join(parts) + ".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in run.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+    return path
+
+
+def collect(folder):
+    """What a run folder says of itself, as plain data.
+
+    evaluations: {updates: (S, E) returns to two decimals}; returns: the last one's in full; curve:
+    {updates: (S,) means}; seconds: {updates: of training and evaluating until then}.
+    """
+    info = json.loads((folder / "config.json").read_text("utf-8"))
+    returns = json.loads((folder / "returns.json").read_text("utf-8"))
+    config, dataset = info["config"], info["dataset"]
+    if str(config["num_updates"]) not in returns:
+        raise SystemExit(f"{folder} has not finished: nothing at update {config['num_updates']:,}")
+    with open(folder / "metrics.csv", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["step"] in returns]
+    made = dataset["metadata"].get("stillwater", {})
+    return {
+        "algorithm": info["algorithm"],
+        "dataset": dataset["name"],
+        "env_id": dataset["env_id"],
+        "command": command(info),
+        "config": {k: v for k, v in config.items() if k not in ("out", "resume", "wandb")},
+        **{k: info[k] for k in ("commit", "versions", "device")},
+        "data": {
+            **{k: dataset[k] for k in ("mean_return", "best_return", "sha256")},
+            "ref_min": dataset["ref_min_score"],
+            "ref_max": dataset["ref_max_score"],
+            "policy_return": made.get("medium_policy_return"),
+            "source": whose(dataset),
+        },
+        "curve": {step: np.mean(x, 1).round(2).tolist() for step, x in returns.items()},
+        "seconds": {row["step"]: float(row["seconds"]) for row in rows},
+        "evaluations": {step: np.round(x, 2).tolist() for step, x in returns.items()},
+        "returns": returns[str(config["num_updates"])],
+    }
+
+
+def whose(dataset):
+    """Whose data: our own (collect.py leaves its settings in them), D4RL's, or another's."""
+    if "stillwater" in dataset["metadata"]:
+        return "ours"
+    return "D4RL" if dataset["layout"] == "D4RL" and dataset["verified"] is not False else "other"
 
 
 def title(run):
@@ -114,18 +168,18 @@ def chosen(runs):
     return dict(sorted(best.items(), key=lambda item: (STANDARD.index(item[0][0]), item[0][1])))
 
 
-def moves(run):
+def is_locomotion(run):
     """Whether the run is about locomotion."""
     return run["env_id"].startswith(ROBOTS)
 
 
-def together(runs):
+def comparable_runs(runs):
     """(datasets, {title: runs}, titles): algorithms that have them all; those that do not.
 
     The datasets: of locomotion, those that at least half of the algorithms have. Runs: one on each,
     of equally many updates, as many as there are; seeds beyond the fewest on a dataset are cut off.
     """
-    runs = [run for run in runs if moves(run) and run["title"] in STANDARD]
+    runs = [run for run in runs if is_locomotion(run) and run["title"] in STANDARD]
     have = defaultdict(set)
     for run in runs:
         have[run["dataset"]].add(run["title"])

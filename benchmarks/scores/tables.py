@@ -1,19 +1,27 @@
 """The README's tables of scores, in Markdown, of merged runs (score_runs.py).
 
 Data of different sources never meet in a table: each is made of one source's runs. The numbers are
-those of stats.py.
+those of statistics.py.
 """
 
 from collections import defaultdict
 
 import numpy as np
 
-from benchmarks import stats
-from benchmarks.score_runs import behaviour, chosen, matrix, moves, score, short, together
-from common.curve import iqm
+from benchmarks.scores.runs import (
+    behaviour,
+    chosen,
+    comparable_runs,
+    is_locomotion,
+    matrix,
+    score,
+    short,
+)
+from common.experiment import statistics
+from common.experiment.statistics import iqm
 
 SOURCES = {  # of data, and what a table says of them
-    "ours": "our own data, collected by `benchmarks/collect.py`",
+    "ours": "our own data, collected by `benchmarks/collect`",
     "D4RL": "D4RL's own data",
     "other": "data of others",
 }
@@ -52,7 +60,7 @@ def count(n, gone=0, each=""):
 
 def ends(run):
     """The interval of a run's score, and its mark."""
-    low, high = stats.interval(stats.of_seeds(run["scores"]))
+    low, high = statistics.interval(statistics.of_seeds(run["scores"]))
     return low, high, "°" if len(run["scores"]) == 1 else ""
 
 
@@ -68,7 +76,7 @@ def long_table(runs):
         for run in group:
             (low, high, mark), mean = ends(run), run["scores"].mean()
             seeds, episodes = run["scores"].shape
-            trimmed = iqm(stats.of_seeds(run["scores"]))
+            trimmed = iqm(statistics.of_seeds(run["scores"]))
             size = count(seeds, run["diverged"], f" x {episodes}")
             cells = [dataset, run["title"], f"{run['updates']:,}", size]
             cells += [f"{mean:.1f} [{low:.1f}, {high:.1f}]{mark}", f"{trimmed:.1f}"]
@@ -79,7 +87,7 @@ def long_table(runs):
 
 def headline(runs):
     """A row an algorithm, a column a locomotion dataset: score +- half of the interval's width."""
-    best = chosen(filter(moves, runs))
+    best = chosen(filter(is_locomotion, runs))
     if not best:
         return ""
     datasets = sorted({dataset for _, dataset in best})
@@ -101,14 +109,14 @@ def headline(runs):
 
 def aggregate(runs):
     """Algorithms over all the datasets that most have."""
-    datasets, found, left_out = together(runs)
+    datasets, found, left_out = comparable_runs(runs)
     rows = []
     for name, group in found.items():
         x = matrix(group)
         gone = sum(run["diverged"] for run in group)
         cells = [name, f"{group[0]['updates']:,}", count(x.shape[1], gone)]
         for statistic in (np.mean, iqm):
-            text = " [{:.1f}, {:.1f}]".format(*stats.interval(x, statistic))
+            text = " [{:.1f}, {:.1f}]".format(*statistics.interval(x, statistic))
             cells.append(f"{statistic(x):.1f}" + (text if x.shape[1] > 1 else ""))
         rows.append(cells)
     if len(datasets) < 2 or not rows:
@@ -133,7 +141,7 @@ def time_table(runs):
                 cells.append("")
                 continue
             steps, level = sorted(run["curve"]), score(run, run["data"]["mean_return"])
-            t = stats.time_to(level, steps, [run["curve"][step].mean() for step in steps])
+            t = statistics.time_to(level, steps, [run["curve"][step].mean() for step in steps])
             at_most = "<= " * (t == steps[0])
             minutes = f" ({run['seconds'][t] / 60:.1f})" if t else ""
             cells.append(f"{at_most}{t:,}{minutes}" if t else f"not in {run['updates']:,}")

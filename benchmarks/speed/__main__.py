@@ -1,7 +1,7 @@
 """How fast is an update, and how near to what the machine can do?
 
-    python benchmarks/speed.py                            # all rows, half an hour or so
-    python benchmarks/speed.py --only iql cql --seeds 1   # some of them
+    python -m benchmarks.speed                            # all rows, half an hour or so
+    python -m benchmarks.speed --only iql cql --seeds 1   # some of them
 
 Every row is a process of its own, with its own compilation and peak memory: data of HalfCheetah,
 the algorithm's own `train_chunk` with its own drawing of rows, one seed or several under vmap.
@@ -14,7 +14,6 @@ Writes benchmarks/results/speed.json. Only ratios within one run mean anything: 
 the same one from hour to hour. Other people's code beside it: speed_peers.py.
 """
 
-import importlib
 import json
 import os
 import resource
@@ -32,11 +31,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[1:1] = [str(ROOT), str(ROOT / "algorithms")]
-from benchmarks import flops  # noqa: E402
-from common import config as machine  # noqa: E402
-from common import datasets, evaluation, experiment  # noqa: E402
+from benchmarks.speed import flops
+from common import datasets, evaluation, experiment
+
+ROOT = Path(__file__).resolve().parents[2]
 
 DATA = "stillwater/halfcheetah/medium-v0"
 COMBO = dict(beta=0.5, horizon=5)
@@ -77,9 +75,9 @@ class Work(NamedTuple):
 
 def settings(algorithm, changes):
     """The module, and its config as its main would make it."""
-    module = importlib.import_module(algorithm)
+    module = experiment.module(algorithm)
     cfg = module.Config(env=DATA, **changes)
-    return module, experiment.resolve(cfg, getattr(module, "PAPER", None))
+    return module, experiment.resolve(cfg, getattr(module, "TUNED", None))
 
 
 def compiled(function, *inputs):
@@ -107,17 +105,18 @@ def update(name, data, sizes, keys):
     module, cfg = settings(algorithm, changes)
     products = flops.times(len(keys), getattr(flops, algorithm)(cfg, *sizes))
     updates, more = int(np.clip(5e10 / flops.total(products), 2, 5000)), {}
-    cfg = replace(cfg, eval_every=updates)
+    cfg = replace(cfg, log_every=updates, eval_every=updates)
     batch = data.steps() if algorithm in ("dt", "diffuser") else data.transitions()
     if algorithm == "combo":
         cfg, more = replace(cfg, rollout_every=updates), dict(terminal=module.never)
     state, batch = start(partial(module.init, cfg=cfg), keys, batch), jax.device_put(batch)
-    chunk = jax.vmap(partial(module.train_chunk, cfg=cfg, **more), (0, None, 0))
-    program, compiling = compiled(jax.jit(chunk, donate_argnums=0), state, batch, keys)
+    chunk = jax.vmap(partial(module.train_chunk, cfg=cfg, **more), (0, None, 0, None))
+    inputs = batch, keys, updates
+    program, compiling = compiled(jax.jit(chunk, donate_argnums=0), state, *inputs)
 
     def call():
         nonlocal state
-        state, metrics = program(state, batch, keys)
+        state, metrics = program(state, *inputs)
         jax.block_until_ready(metrics)
 
     return Work(call, updates, products, program, compiling, {"settings": vars(cfg)})
@@ -151,7 +150,9 @@ def plan(data, sizes, keys):
     module, cfg = settings("diffuser", DIFFUSER)
     state = start(partial(module.init, cfg=cfg), keys, data.steps())
     inputs = state, None, jnp.asarray(data.obs[None, :1]), jnp.zeros((1, 1)), keys[0]
-    program, compiling = compiled(jax.jit(partial(module.act_all, cfg=cfg)), *inputs)
+    program, compiling = compiled(
+        jax.jit(jax.vmap(module.policy(cfg), (0, 0, 0, 0, None))), *inputs
+    )
     call = lambda: jax.block_until_ready(program(*inputs))  # noqa: E731
     return Work(call, 1, flops.plan(cfg, *sizes), program, compiling)
 
@@ -161,8 +162,7 @@ def ten_episodes(data, sizes, keys, algorithm="iql"):
     module, cfg = settings(*UPDATES[algorithm])
     batch = data.steps() if algorithm == "dt" else data.transitions()
     state = start(partial(module.init, cfg=cfg), keys, batch)
-    act = partial(module.act, cfg=cfg) if algorithm == "dt" else evaluation.stateless(module.act)
-    policy = jax.jit(jax.vmap(act, (0, 0, 0, 0, None)))
+    policy = jax.jit(jax.vmap(module.policy(cfg), (0, 0, 0, 0, None)))
     inputs = None, jnp.asarray(data.obs[None, :10]), jnp.zeros((1, 10)), keys[0]
     program, compiling = compiled(policy, state, *inputs)
     still = np.zeros((1, 10, sizes[1]), np.float32)
@@ -232,13 +232,13 @@ def summary(row):
     return words.format(**row)
 
 
-def apart(script, words, cores):
-    """The JSON that a process of its own prints last, on so many cores."""
+def apart(module, words, cores, root=ROOT):
+    """The JSON that `python -m module words` prints last, run in `root` on so many cores."""
     names = "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"
     environ = os.environ | dict.fromkeys(names, str(cores))
     cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))
-    words = ["taskset", "-c", cpus, sys.executable, script, *words]
-    done = subprocess.run(words, env=environ, capture_output=True, text=True)
+    words = ["taskset", "-c", cpus, sys.executable, "-m", module, *words]
+    done = subprocess.run(words, cwd=root, env=environ, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -249,13 +249,13 @@ def main(cfg: Config):
         name, seeds = cfg.row.rsplit(":", 1)
         print(json.dumps(measure(name, int(seeds), cfg), default=list))
         return
-    facts = machine.machine() | {"cores": cfg.cores, "rows": []}
+    facts = experiment.machine() | {"cores": cfg.cores, "rows": []}
     facts["time"] = time.strftime("%FT%TZ", time.gmtime())
     for name in cfg.only:
         for seeds in cfg.seeds if name in UPDATES else [1]:
             words = ["--row", f"{name}:{seeds}"]
             words += ["--seconds", str(cfg.seconds), "--chunks", str(cfg.chunks)]
-            facts["rows"].append(row := apart(__file__, words, cfg.cores))
+            facts["rows"].append(row := apart("benchmarks.speed", words, cfg.cores))
             print(f"{name}, {seeds} seed{'s' * (seeds > 1)}: {summary(row)}", flush=True)
             Path(cfg.out).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 

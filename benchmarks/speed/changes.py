@@ -1,7 +1,7 @@
 """What a change did for speed: the same row of speed.py with the files before it and after it.
 
-    python benchmarks/speed_changes.py                    # CHANGES, some minutes
-    python benchmarks/speed_changes.py --before main --after HEAD --rows iql cql
+    python -m benchmarks.speed.changes                    # CHANGES, some minutes
+    python -m benchmarks.speed.changes --before main --after HEAD --rows iql cql
 
 Both commits are unpacked into folders of their own, timed there by the speed.py of today, in turns,
 nothing kept but the median. Writes benchmarks/results/changes.json, unless commits are given.
@@ -9,9 +9,7 @@ nothing kept but the median. Writes benchmarks/results/changes.json, unless comm
 
 import io
 import json
-import shutil
 import subprocess
-import sys
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -20,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[1:1] = [str(ROOT)]
-from benchmarks import speed  # noqa: E402
-from common import config as machine  # noqa: E402
+from benchmarks.speed import __main__ as speed
+from common import experiment
+
+ROOT = Path(__file__).resolve().parents[2]
 
 CHANGES = (  # (what, after which commit, row, cores)
     ("kernels (out, in): no transposed gradients", "5707632", "iql", 1),
@@ -47,29 +45,27 @@ def git(*words):
 
 
 def unpack(commit, folder):
-    """The files of a commit, with the speed.py of today."""
+    """The files of a commit, which is timed by its own benchmarks.speed."""
     with tarfile.open(fileobj=io.BytesIO(git("archive", commit))) as files:
         files.extractall(folder, filter="data")
-    for name in ("speed.py", "flops.py"):
-        shutil.copy(ROOT / "benchmarks" / name, folder / "benchmarks" / name)
-    return folder / "benchmarks/speed.py"
+    return folder
 
 
 def compare(row, before, after, cores, rounds):
     """Microseconds of a row, in turns: two lists."""
     taken = [], []
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-        scripts = unpack(before, Path(one)), unpack(after, Path(two))
+        folders = unpack(before, Path(one)), unpack(after, Path(two))
         for _ in range(rounds):
-            for script, us in zip(scripts, taken, strict=True):
+            for folder, us in zip(folders, taken, strict=True):
                 words = ["--row", f"{row}:1", "--seconds", "5"]
-                us.append(speed.apart(str(script), words, cores)["us"])
+                us.append(speed.apart("benchmarks.speed", words, cores, folder)["us"])
     return taken
 
 
 def main(cfg: Config):
     asked = [("", cfg.after, row, cfg.cores) for row in cfg.rows] if cfg.before else CHANGES
-    facts = machine.machine() | {"rows": []}
+    facts = experiment.machine() | {"rows": []}
     for what, after, row, cores in asked:
         pair = cfg.before or f"{after}^", after
         commits = [git("rev-parse", commit).decode().strip() for commit in pair]

@@ -1,7 +1,7 @@
 """How fast are other people's updates on this machine? speed.py has ours.
 
-    PEERENV/bin/python benchmarks/speed_peers.py corl --checkout DIR
-    PEERENV/bin/python benchmarks/speed_peers.py corl --checkout DIR --only iql awac --threads 2
+    PEERENV/bin/python -m benchmarks.speed.peers corl --checkout DIR
+    PEERENV/bin/python -m benchmarks.speed.peers corl --checkout DIR --only iql awac --threads 2
 
 Runs in the peer's own environment, with a checkout of its repository, on one core or on more;
 benchmarks/peers/ has the peers. Writes results/speed/PEER.json, or PEER-2-threads.json, row by row.
@@ -18,7 +18,6 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 import time
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -26,9 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))  # finds benchmarks/
-from benchmarks import peers  # noqa: E402
+from benchmarks import peers
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NAMES = sorted(x.stem for x in Path(peers.__file__).parent.glob("*.py") if x.stem != "__init__")
 

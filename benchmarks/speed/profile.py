@@ -1,7 +1,7 @@
 """What does an update spend its time on?
 
-    python benchmarks/speed_profile.py                        # COMBO, DT and two more
-    python benchmarks/speed_profile.py --rows iql --steps 20  # one, with its twenty longest steps
+    python -m benchmarks.speed.profile                        # COMBO, DT and two more
+    python -m benchmarks.speed.profile --rows iql --steps 20  # one, with its twenty longest steps
 
 The rows are speed.py's, one seed each. XLA says how long every step of its program took; a step is
 a matrix product, or elementwise work, sums and copies fused into one. Each is put under the first
@@ -10,7 +10,6 @@ kind of work (KINDS) that its instructions contain. Writes benchmarks/results/pr
 
 import json
 import re
-import sys
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ import jax
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[1:1] = [str(ROOT)]
-from benchmarks import flops, speed  # noqa: E402
-from common import config as machine  # noqa: E402
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import flops
+from common import experiment
+
+ROOT = Path(__file__).resolve().parents[2]
 
 KINDS = {  # of work, and the instructions that give it away
     "matrix products": "dot convolution custom-call",
@@ -112,10 +112,10 @@ def main(cfg: Config):
     if cfg.row:
         print(json.dumps(profile(cfg.row, cfg)))
         return
-    facts = machine.machine() | {"cores": cfg.cores, "rows": []}
+    facts = experiment.machine() | {"cores": cfg.cores, "rows": []}
     for name in cfg.rows:
         words = ["--row", name, "--steps", str(cfg.steps), "--calls", str(cfg.calls)]
-        facts["rows"].append(row := speed.apart(__file__, words, cfg.cores))
+        facts["rows"].append(row := speed.apart("benchmarks.speed.profile", words, cfg.cores))
         print(f"{name}: {row['ms']:.1f} ms")
         for what, ms in row["kinds_ms"].items():
             print(f"  {ms:7.2f} {what}")

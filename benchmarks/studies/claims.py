@@ -7,16 +7,14 @@ in a, and a policy's value, which hangs on its mean actions alone, solves five l
 The ledge: a position x in [-1, 1] moves to x + 0.2 a and pays x / 2 + a; beyond a = 0.3 one falls,
 which costs 10 (a - 0.3)^2. Nothing ends. A policy's value solves linear equations on a grid.
 
-    python benchmarks/claims.py               # results/claims.json and results/claims/*.png
-    python benchmarks/claims.py --only iql
+    python -m benchmarks.studies.claims               # results/claims.json and results/claims/*.png
+    python -m benchmarks.studies.claims --only iql
 
 The files in algorithms/ do the learning, with small networks and several seeds; bars and bands go
-from the least seed to the greatest. Of joining two episodes: benchmarks/stitching.py.
+from the least seed to the greatest. Of joining two episodes: benchmarks/studies/stitching.py.
 """
 
-import importlib
 import json
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,17 +22,16 @@ from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 
-import claims_pictures
 import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))  # finds common/
-sys.path.insert(2, str(ROOT / "algorithms"))
-from common import config, datasets, experiment  # noqa: E402
+from benchmarks.studies import claims_pictures
+from common import datasets, experiment
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NORMAL = np.array([NormalDist().inv_cdf((i + 0.5) / 40) for i in range(40)])  # equally likely
 NETS = dict(env="claims", widths=(32,), normalize=False, batch_size=128)
@@ -142,12 +139,12 @@ def ledge_data(rows=4000, seed=0):
 
 
 def train(name, data, field=None, values=None, seeds=5, terminal=None, adapt=None, **settings):
-    """States (V, S, ...) after each `eval_every` updates.
+    """States (V, S, ...) after each `log_every` updates.
 
     data: a Batch; or where `field` is None, V of them, (V, N, ...). adapt: changes a fresh State.
     """
-    module = importlib.import_module(name)
-    own = experiment.resolve(module.Config(**NETS | settings), getattr(module, "PAPER", {}))
+    module = experiment.module(name)
+    own = experiment.resolve(module.Config(**NETS | settings), getattr(module, "TUNED", {}))
     extra, of_data = {} if terminal is None else {"terminal": terminal}, None if field else 0
     values = jnp.array(values, jnp.float32) if field else jnp.zeros(len(data.reward))
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
@@ -157,9 +154,9 @@ def train(name, data, field=None, values=None, seeds=5, terminal=None, adapt=Non
         state = module.init(key, data, own)
         return adapt(state) if adapt else state
 
-    def chunk(value, state, data, key):
+    def chunk(value, state, data, key, step):
         cfg = replace(own, **{field: value}) if field else own
-        return module.train_chunk(state, data, key, cfg, **extra)[0]
+        return module.train_chunk(state, data, key, step, cfg, **extra)[0]
 
     start = jax.vmap(jax.vmap(start, (None, 0)), (of_data, None), axis_size=len(values))
     state = jax.jit(start)(data, fold(keys, 0))
@@ -167,15 +164,16 @@ def train(name, data, field=None, values=None, seeds=5, terminal=None, adapt=Non
         dynamics = module.fit_dynamics(keys, data, own, lambda line: None)
         dynamics = jax.tree.map(lambda x: jnp.stack([x] * len(values)), dynamics)
         state = state.replace(dynamics=dynamics)
-    chunk = jax.jit(jax.vmap(jax.vmap(chunk, (None, 0, None, 0)), (0, 0, of_data, None)))
-    for i in range(own.num_updates // own.eval_every):
-        state = chunk(values, state, data, fold(keys, i + 1))
+    chunk = jax.vmap(jax.vmap(chunk, (None, 0, None, 0, None)), (0, 0, of_data, None, None))
+    chunk = jax.jit(chunk)
+    for step in range(own.log_every, own.num_updates + 1, own.log_every):
+        state = chunk(values, state, data, keys, step)
         yield state
 
 
 def trained(*args, updates, **settings):
     """The states after the last update."""
-    return list(train(*args, num_updates=updates, eval_every=updates, **settings))[-1]
+    return list(train(*args, num_updates=updates, log_every=updates, **settings))[-1]
 
 
 def each(function, state, *inputs):
@@ -303,7 +301,7 @@ def conservative(updates=3000, seeds=5, alpha=0.2):
         means = (policy * true).sum(1), (policy * q).sum(1)
         found["table, " + how] = {"pairs": (true, q), "policy": means}
 
-    rng, cql = np.random.default_rng(0), importlib.import_module("cql")
+    rng, cql = np.random.default_rng(0), experiment.module("cql")
     good, wild = rng.normal(0.8, 0.25, 40_000), rng.uniform(-1, 1, 40_000)
     shown = np.where(rng.random(40_000) < 0.7, good, wild)
     data = corridor_data(rng, shown[np.abs(shown) < 1][:20_000])
@@ -480,7 +478,7 @@ def main(cfg: Config):
         found = plain(CLAIMS[name]())
         seconds = round(time.process_time() - start, 1)
         claims_pictures.draw(name, found, results / "claims" / f"{name}.png")
-        record[name] = {"cpu_seconds": seconds, "machine": config.machine(), "found": found}
+        record[name] = {"cpu_seconds": seconds, "machine": experiment.machine(), "found": found}
         file.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
         print(f"{name:6} {seconds:6.1f} s")
 

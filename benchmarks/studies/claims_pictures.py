@@ -1,4 +1,4 @@
-"""One picture for each claim of benchmarks/claims.py, from what claims.json holds."""
+"""One picture for each claim of benchmarks/studies/claims.py, from what claims.json holds."""
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg

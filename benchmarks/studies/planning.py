@@ -1,6 +1,6 @@
 """What a plan costs: Diffuser's seconds for each environment step, and the score that they buy.
 
-    python benchmarks/planning.py runs/diffuser/... runs/diffuser/...
+    python -m benchmarks.studies.planning runs/diffuser/... runs/diffuser/...
 
 measures the exact planner and faster ones (DDIM with fewer steps, several actions of a plan, a warm
 start from the plan before) on each run's first seed, into planning.json in benchmarks/results; rows
@@ -10,7 +10,6 @@ Of runs in a maze it also draws plans.png: plans, and the ways then walked.
 """
 
 import json
-import sys
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))  # finds common/
-from benchmarks.score_runs import origin  # noqa: E402
-from common import config, datasets, evaluation, experiment  # noqa: E402
+from benchmarks.scores.runs import origin
+from common import datasets, evaluation, experiment
+
+ROOT = Path(__file__).resolve().parents[2]
 
 EXACT = dict(plan_every=1, ddim_steps=0, warm_start=0, samples=64)
 VARIANTS = {  # the ways to plan towards a high return, and those towards a goal
@@ -85,7 +84,7 @@ def straight(carry, obs, reward, key):
 
 def measure(run, cfg, known):
     """Rows of the table for one run; known: rows of an earlier time, for their scores."""
-    module, own, state = experiment.load(run)
+    module, own, state = evaluation.load(run)
     data = datasets.load(own.env, own.env_id)
     limit = evaluation.make(data.env_id).spec.max_episode_steps
     state, rows = jax.tree.map(lambda x: x[:1], state), []
@@ -93,7 +92,7 @@ def measure(run, cfg, known):
         if settings is None:
             policy, every = straight, 0
         else:
-            policy = jax.jit(partial(module.act_all, cfg=replace(own, **settings)))
+            policy = jax.jit(jax.vmap(module.policy(replace(own, **settings)), (0, 0, 0, 0, None)))
             policy, every = partial(policy, state), settings["plan_every"]
         row = {"dataset": own.env, "variant": name, "num_updates": own.num_updates}
         row |= origin(run)
@@ -132,10 +131,10 @@ def plot(run, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    module, own, state = experiment.load(run)
+    module, own, state = evaluation.load(run)
     data = datasets.load(own.env, own.env_id)
     state = jax.tree.map(lambda x: x[:1], state)
-    policy = partial(jax.jit(partial(module.act_all, cfg=own)), state)
+    policy = partial(jax.jit(jax.vmap(module.policy(own), (0, 0, 0, 0, None))), state)
     plans, ways = walk(policy, data.env_id, 6)
     mean, std = state.obs_mean[0, :2], state.obs_std[0, :2]
     plans = np.asarray(plans[..., data.action.shape[1] :][..., :2] * std + mean)
@@ -167,10 +166,10 @@ def main(cfg: Config):
     rows = [row for run in cfg.runs for row in measure(run, cfg, known)]
     measured = {row["dataset"] for row in rows}
     rows += [row for row in known if row["dataset"] not in measured]
-    record = config.machine() | {"rows": rows}
+    record = experiment.machine() | {"rows": rows}
     path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     for run in cfg.runs:
-        if experiment.load(run)[1].goal:
+        if evaluation.load(run)[1].goal:
             plot(run, results / "plans.png")
 
 

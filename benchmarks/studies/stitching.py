@@ -9,12 +9,12 @@ The best way from A is by B to C: it is in no episode, but every step of it is i
 values a state by what can be had from there finds it. Whoever takes an episode for a whole sees
 that from A one gets 5 at best, and goes to F.
 
-    python benchmarks/stitching.py    # trains all; stitching.json and .png in benchmarks/results
+    python -m benchmarks.studies.stitching    # trains all
+
+Writes stitching.json and stitching.png to benchmarks/results.
 """
 
-import importlib
 import json
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,10 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))  # finds common/
-sys.path.insert(2, str(ROOT / "algorithms"))
-from common import config, datasets, experiment, policy  # noqa: E402
+from common import datasets, experiment
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PLACES = {"A": (-1, 0), "B": (0, 0), "C": (1, 1), "D": (1, -1), "F": (-1, -1)}
 PATHS = ("AF", "ABD", "BC")
@@ -108,10 +107,10 @@ def ended(obs, action, next_obs):
 def train(who, data, cfg):
     """(policy, states of all seeds) of one of RUNS, as the file's own main trains it."""
     name, settings = RUNS[who]
-    module = importlib.import_module(name)
+    module = experiment.module(name)
     sizes = dict(seed=cfg.seed, num_seeds=cfg.seeds, num_updates=cfg.updates)
-    sizes |= dict(eval_every=cfg.updates, env=data.name)
-    own = experiment.resolve(module.Config(**sizes | settings), getattr(module, "PAPER", {}))
+    sizes |= dict(log_every=cfg.updates, eval_every=cfg.updates, env=data.name)
+    own = experiment.resolve(module.Config(**sizes | settings), getattr(module, "TUNED", {}))
     chunk, batch = partial(module.train_chunk, cfg=own), data.transitions()
     if name in ("dt", "diffuser"):
         batch = data.steps(getattr(own, "gamma", 1.0))
@@ -123,8 +122,9 @@ def train(who, data, cfg):
     if name == "combo":
         state = state.replace(dynamics=module.fit_dynamics(keys, batch, own, lambda line: None))
         chunk = partial(chunk, terminal=ended)
-    state, _ = jax.jit(jax.vmap(chunk, (0, None, 0)))(state, batch, keys)
-    return policy.of_seeds(module, own), state
+    chunk = jax.jit(jax.vmap(chunk, (0, None, 0, None)))
+    state, _ = chunk(state, batch, keys, cfg.updates)
+    return jax.vmap(module.policy(own), (0, 0, 0, 0, None)), state
 
 
 def episodes_from_a(act, state, cfg):
@@ -185,7 +185,7 @@ def main(cfg: Config):
     results = Path(cfg.results)
     results.mkdir(parents=True, exist_ok=True)
     settings = {k: v for k, v in vars(cfg).items() if k != "results"}
-    record = config.machine() | {"config": settings, "runs": found}
+    record = experiment.machine() | {"config": settings, "runs": found}
     (results / "stitching.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     plot(data, paths, results / "stitching.png")
 

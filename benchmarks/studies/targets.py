@@ -1,13 +1,14 @@
 """Does the Decision Transformer obey? The return that it achieves against the return asked for.
 
-    python benchmarks/targets.py runs/dt/... runs/dt/...  # targets.json, .png in benchmarks/results
+    python -m benchmarks.studies.targets runs/dt/... runs/dt/...
+
+Writes targets.json and targets.png to benchmarks/results.
 
 Returns from the data's worst to a fifth beyond its best, each of ten episodes of a run's first
 seed, on the environment seeds of every evaluation.
 """
 
 import json
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,10 @@ import jax
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))  # finds common/
-from benchmarks.score_runs import origin  # noqa: E402
-from common import config, datasets, evaluation, experiment  # noqa: E402
+from benchmarks.scores.runs import origin
+from common import datasets, evaluation, experiment
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Config:
 
 def measure(run, cfg):
     """What a run's first seed was asked for, and achieved, as plain data."""
-    module, own, state = experiment.load(run)
+    module, own, state = evaluation.load(run)
     data = datasets.load(own.env, own.env_id)
     worst, best = data.returns().min(), data.returns().max()
     asked = np.linspace(worst, best + 0.2 * (best - worst), cfg.targets)
     own = replace(own, targets=tuple(map(float, asked)))
-    act = jax.jit(jax.vmap(partial(module.act, cfg=own), (0, 0, 0, 0, None)))
+    act = jax.jit(jax.vmap(module.policy(own), (0, 0, 0, 0, None)))
     state = jax.tree.map(lambda x: x[:1], state)
     total = cfg.targets * cfg.episodes
     returns = evaluation.evaluate(partial(act, state), data.env_id, 1, total)
@@ -84,7 +85,7 @@ def main(cfg: Config):
             print(f"{row['dataset']}: asked {asked:.0f}, achieved {np.mean(achieved):.0f}")
     results = Path(cfg.results)
     results.mkdir(parents=True, exist_ok=True)
-    record = config.machine() | {"rows": rows}
+    record = experiment.machine() | {"rows": rows}
     (results / "targets.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     plot(rows, results / "targets.png")
 

@@ -6,11 +6,12 @@ action or the policy's, and then follows the policy. Q(s, a) is the smaller of t
     q_data, q_pi        mean Q at the data's actions and at the policy's
     true_data, true_pi  mean discounted return from there, Monte Carlo in the simulator
 
-A lower bound has q_pi <= true_pi. Run: python benchmarks/values.py runs/cql/... runs/combo/...
+A lower bound has q_pi <= true_pi.
+
+Run: python -m benchmarks.studies.values runs/cql/... runs/combo/...
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))  # finds common/
-from benchmarks.score_runs import origin  # noqa: E402
-from common import config, datasets, evaluation, experiment  # noqa: E402
+from benchmarks.scores.runs import origin
+from common import datasets, evaluation, experiment
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def true_returns(envs, policy, obs, action, key, gamma, horizon):
 
 def measure(run, cfg):
     """The four numbers for the first seed of a run."""
-    module, own, state = experiment.load(run)
+    module, own, state = evaluation.load(run)
     state = jax.tree.map(lambda x: x[0], state)
     data = datasets.load(own.env, own.env_id)
     rows = np.random.default_rng(cfg.seed).choice(len(data.obs), cfg.num_states, replace=False)
@@ -101,7 +102,7 @@ def main(cfg: Config):
     for row in rows:
         print(", ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{v}" for k, v in row.items()))
     settings = {k: v for k, v in vars(cfg).items() if k not in ("runs", "out")}
-    record = config.machine() | {"config": settings, "rows": rows}
+    record = experiment.machine() | {"config": settings, "rows": rows}
     Path(cfg.out).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
 
 

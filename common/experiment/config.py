@@ -1,6 +1,7 @@
 """Config of a run: filled, checked, stored as JSON and read again. Knows no algorithm."""
 
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import json
@@ -193,6 +194,7 @@ def algorithm(cfg):
     return Path(inspect.getfile(type(cfg))).stem
 
 
+@functools.cache
 def module(name):
     """algorithms/<name>.py, imported: the only code ever executed for a run folder."""
     path = PROJECT / "algorithms" / f"{name}.py"

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from common.policy import of_seeds
 from flax.training.train_state import TrainState
 from float64 import assert_first_adam_step, f64, gradient
 
 from common import datasets, experiment
-from common.policy import of_seeds
 
 D, A = 3, 2
 H, T, E = 4, 6, 3

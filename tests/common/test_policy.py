@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from common.policy import Policy, pure
 
 from common import datasets, evaluation, experiment
-from common.policy import Policy, pure
 
 
 def remember(state, carry, obs, reward, key, cfg):
