@@ -15,9 +15,9 @@ import tyro
 from flax import struct
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
-from common import datasets, experiment  # noqa: E402
+from common import datasets, evaluation, experiment  # noqa: E402
 
-PAPER = {"default": dict(tau=0.7), "hopper": dict(tau=0.6), "hopper-medium": dict(tau=0.9)}
+TUNED = {"default": dict(tau=0.7), "hopper": dict(tau=0.6), "hopper-medium": dict(tau=0.9)}
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Config:
     seed: int = 0
     num_seeds: int = 2
     num_updates: int = 50
+    log_every: int = 1_000
     eval_every: int = 10
     eval_episodes: int = 3
     out: str = "runs"
@@ -58,19 +59,25 @@ def init(key, data, cfg):
     return State(x, jnp.int32(0), data.obs.mean(0), more)
 
 
-def train_chunk(state, data, key, cfg):
-    def step(state, key):
-        rows = jax.random.randint(key, (cfg.batch_size,), 0, len(data.reward))
+def train_chunk(state, data, key, step, cfg):
+    def one(state, t):
+        rows = jax.random.randint(
+            jax.random.fold_in(key, t), (cfg.batch_size,), 0, len(data.reward)
+        )
         error = data.action[rows].mean(0) - state.x
         state = state.replace(x=state.x + cfg.lr * error, count=state.count + 1)
         return state, {"loss": jnp.sum(error**2), "q_data": state.x[0], "q_pi": state.x[1]}
 
-    state, metrics = jax.lax.scan(step, state, jax.random.split(key, cfg.eval_every))
+    state, metrics = jax.lax.scan(one, state, step - jnp.arange(cfg.log_every)[::-1])
     return state, jax.tree.map(jnp.mean, metrics)
 
 
 def act(state, obs):
     return jnp.tanh(state.x + 0.1 * (obs - state.obs_mean).sum(-1, keepdims=True))
+
+
+def policy(cfg):
+    return evaluation.stateless(act)
 
 
 def dataset(name):
@@ -86,7 +93,7 @@ def dataset(name):
 def compiled(cfg):
     """init and train_chunk of all seeds; kept, because the tests start many runs."""
     start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
-    chunk = jax.vmap(partial(train_chunk, cfg=cfg), (0, None, 0))
+    chunk = jax.vmap(partial(train_chunk, cfg=cfg), (0, None, 0, None))
     return start, jax.jit(chunk, donate_argnums=0)
 
 
@@ -95,7 +102,7 @@ def main(cfg, stop=None, kill=None, spoil=()):
 
     spoil: (step, index of a seed, metric, value): from that step on its state is nan.
     """
-    cfg = experiment.resolve(cfg, PAPER)
+    cfg = experiment.resolve(cfg, TUNED)
     data = dataset(cfg.env)
     run = experiment.Run(cfg, data)
     batch = data.transitions()
@@ -104,14 +111,16 @@ def main(cfg, stop=None, kill=None, spoil=()):
     start, chunk = compiled(replace(cfg, out="", resume="", delay=0.0, save_every=1))
     state = run.restore(start(fold(keys, 0), batch))
     for step in run.steps():
-        state, metrics = chunk(state, batch, fold(keys, step))
+        state, metrics = chunk(state, batch, keys, step)
         for at, i, name, value in spoil:
             if step >= at:
                 state = state.replace(x=state.x.at[i].set(jnp.nan))
                 metrics[name] = metrics[name].at[i].set(value)
         time.sleep(cfg.delay)
-        returns = 100 + 20 * np.asarray(state.x).sum(1, keepdims=True)
-        run.record(step, metrics, returns + np.arange(cfg.eval_episodes))
+        returns = (
+            100 + 20 * np.asarray(state.x).sum(1, keepdims=True) + np.arange(cfg.eval_episodes)
+        )
+        run.record(step, metrics, returns if step % cfg.eval_every == 0 else None)
         if step == kill:
             os.kill(os.getpid(), signal.SIGKILL)
         run.save(step, state)

@@ -296,7 +296,7 @@ def test_observations_statistics_are_the_datas(fresh, data):
     ],
 )
 def test_values_of_the_paper(env, beta, shift):
-    cfg = experiment.resolve(awac.Config(env=env), awac.PAPER)
+    cfg = experiment.resolve(awac.Config(env=env), awac.TUNED)
     assert (cfg.beta, cfg.shift_reward, cfg.scale_reward) == (beta, shift, False)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from float64 import assert_first_adam_step, f64, gradient, mlp, random_batch, scramble
 
-from common import curve, datasets, experiment
+from common import datasets
 from common.datasets import Batch
 
 CFG = bc.Config(widths=(8, 8), batch_size=16, num_updates=1000, eval_every=100, lr=1e-2)
@@ -271,7 +271,7 @@ def test_bc_is_as_good_as_the_data_and_half_of_it_as_the_better_half(
 ):
     data = two_behaviours()
     monkeypatch.setattr(datasets, "load", lambda *args: data)
-    monkeypatch.setattr(curve, "plot", lambda *args: None)  # slow
+    monkeypatch.setattr(plots, "plot", lambda *args: None)  # slow
     monkeypatch.setattr("sys.argv", ["bc.py"])
     bc.main(
         replace(
@@ -280,7 +280,7 @@ def test_bc_is_as_good_as_the_data_and_half_of_it_as_the_better_half(
         )
     )  # fmt: skip
     (folder,) = tmp_path.glob("bc/mine/*")
-    policy = experiment.load_policy(folder)
+    policy = evaluation.load_policy(folder)
     np.testing.assert_allclose(policy(data.obs), np.full((200, 1), answer), atol=0.06)
 
 

@@ -541,11 +541,11 @@ def test_rollouts_act_by_the_policy_on_normalised_states():
 
 def test_the_ring_is_first_in_first_out():
     capacity, size, rng = 7, 5, np.random.default_rng(0)
-    ring = combo.Ring(
+    ring = combo.ReplayBuffer(
         Batch(jnp.zeros((7, 2)), jnp.zeros((7, 1)), jnp.zeros(7), jnp.zeros((7, 2)), jnp.zeros(7)),
         jnp.zeros((), int),
     )
-    push, held = jax.jit(combo.push), collections.deque(maxlen=capacity)
+    push, held = jax.jit(combo.add), collections.deque(maxlen=capacity)
     assert ring.filled == 0
     for i in range(60):
         ids = jnp.arange(1.0 + i * size, 1.0 + (i + 1) * size)
@@ -573,8 +573,8 @@ CHUNK = config(retain=3, horizon=3)
 def chunk(state, data, beta=1.0, life=NEVER, seed=0):
     """20 updates, 2 rollouts of 20 rows a step; the ring has room for 3."""
     rows = jax.tree.map(lambda x: jnp.full((180, *x.shape[1:]), jnp.nan), data)
-    if len(state.ring.rows.reward) != 180:  # what was never filled is poison
-        state = state.replace(ring=combo.Ring(rows, jnp.zeros((), int)))
+    if len(state.buffer.rows.reward) != 180:  # what was never filled is poison
+        state = state.replace(buffer=combo.ReplayBuffer(rows, jnp.zeros((), int)))
     life = jnp.broadcast_to(jnp.float32(life), 401)
     return compiled_chunk(CHUNK)(state, data, jax.random.key(seed), jnp.float32(beta), life)
 
@@ -583,8 +583,8 @@ def chunk(state, data, beta=1.0, life=NEVER, seed=0):
 def test_a_chunk_makes_its_updates_and_rollouts_and_samples_filled_rows_alone(life, rows):
     state, metrics = chunk(fresh(), world_data(), life=life)
     assert state.critic.step == state.actor.step == state.temperature.step == 20
-    assert state.ring.filled == state.ring.total == rows
-    assert np.isnan(state.ring.rows.reward[rows:]).all()
+    assert state.buffer.filled == state.buffer.total == rows
+    assert np.isnan(state.buffer.rows.reward[rows:]).all()
     assert finite(metrics)
     assert all(x.shape == () for x in metrics.values())
     assert finite((state.actor.params, state.critic.params, state.target))
@@ -844,7 +844,7 @@ def test_the_penalty_lowers_the_values_of_the_models_states(world):
         for i in range(20):
             state, metrics = chunk(state, data, beta=beta, seed=i)
         assert finite(metrics)
-        rows = state.ring.rows
+        rows = state.buffer.rows
         actions = jax.random.uniform(key, (10, len(rows.reward), 1), minval=-1, maxval=1)
         pairs = (rows.obs, actions), (rows.obs, rows.action), (data.obs, data.action)
         found[beta] = np.array([critics(state.critic.params, *double(p)).mean() for p in pairs])

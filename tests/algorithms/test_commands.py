@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tyro
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = [path.stem for path in sorted((ROOT / "algorithms").glob("*.py"))]
 SHORT = ["--num-updates", "100", "--eval-every", "50", "--eval-episodes", "2"]
 EXTRA = {

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common.policy import of_seeds
 from flax.training.train_state import TrainState
 from float64 import assert_first_adam_step, f64, gradient
 
@@ -690,7 +689,7 @@ def test_a_plan_is_made_only_when_due_for_every_seed_alone(state, monkeypatch):
     monkeypatch.setattr(diffuser, "plan", counting)
     cfg, carry = replace(CFG, plan_every=3, ddim_steps=2, warm_start=1), None
     states = jax.tree.map(lambda *x: jnp.stack(x), small(state), small(state, 1))
-    policy = jax.jit(of_seeds(diffuser, cfg))  # which scores and films
+    policy = jax.jit(jax.vmap(diffuser.policy(cfg), (0, 0, 0, 0, None)))  # which scores and films
     for step in range(7):
         obs = jax.random.normal(jax.random.key(step), (2, E, D))
         action, carry = policy(states, carry, obs, jnp.zeros((2, E)), KEY)
@@ -767,13 +766,13 @@ CHEETAH = dict(horizon=4, diffusion_steps=20, multiples=(1, 4, 8), guide_scale=0
     ],
 )
 def test_settings_of_the_authors_by_dataset(env, expected):
-    cfg = experiment.resolve(diffuser.Config(env=env), diffuser.PAPER)
+    cfg = experiment.resolve(diffuser.Config(env=env), diffuser.TUNED)
     assert {name: getattr(cfg, name) for name in expected} == expected
     goal = "pointmaze" in env or "maze2d" in env
     other = dict(goal=True, plan_every=0, multiples=(1, 4, 8), action_weight=1.0)
     other = other if goal else dict(goal=False, plan_every=1, action_weight=10.0)
     assert {name: getattr(cfg, name) for name in other} == other
-    assert experiment.resolve(diffuser.Config(env=env, horizon=64), diffuser.PAPER).horizon == 64
+    assert experiment.resolve(diffuser.Config(env=env, horizon=64), diffuser.TUNED).horizon == 64
     assert None not in vars(cfg).values()
     diffuser.check(cfg)
 
@@ -876,13 +875,13 @@ def test_acting_for_several_seeds(state, monkeypatch):
 
     def plan(state, known, key, cfg, old=None):
         x = state.ema["model"]["b"] + jax.random.normal(key, (E, H, A + D))
-        return diffuser.pin(x if old is None else x + old, known)
+        return diffuser.condition(x if old is None else x + old, known)
 
     monkeypatch.setattr(diffuser, "plan", plan)
     cfg, seeds = replace(CFG, plan_every=2), [small(state), small(state, 1)]
     seeds[1] = seeds[1].replace(action_std=jnp.full(A, 2.0), obs_mean=jnp.ones(D))
     states = jax.tree.map(lambda *x: jnp.stack(x), *seeds)
-    policy, one = (jax.jit(partial(f, cfg=cfg)) for f in (diffuser.act_all, diffuser.act))
+    policy, one = (jax.jit(partial(f, cfg=cfg)) for f in (ACT_ALL, diffuser.act))
     carry, carries = None, [None, None]
     for step in range(4):
         key = jax.random.key(step)

@@ -466,8 +466,8 @@ def test_report_tells_every_target_once(capsys):
     ],
 )
 def test_targets_of_the_authors_are_for_their_data(env, targets):
-    assert experiment.resolve(dt.Config(env=env), dt.PAPER).targets == targets
-    assert experiment.resolve(dt.Config(env=env, targets=(7.0,)), dt.PAPER).targets == (7.0,)
+    assert experiment.resolve(dt.Config(env=env), dt.TUNED).targets == targets
+    assert experiment.resolve(dt.Config(env=env, targets=(7.0,)), dt.TUNED).targets == (7.0,)
 
 
 def test_without_a_target_the_datas_best_return_is_recorded(monkeypatch):

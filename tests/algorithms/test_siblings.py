@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-ALGORITHMS = Path(__file__).parents[1] / "algorithms"
+ALGORITHMS = Path(__file__).parents[2] / "algorithms"
 FILES = {path.stem: path.read_text("utf-8") for path in sorted(ALGORITHMS.glob("*.py"))}
 PAIRS = list(itertools.combinations(FILES, 2))
 
 # What holds an algorithm's idea may differ between any two files,
-IDEA = {"Config", "State", "init", "update", "main", "PAPER"}
+IDEA = {"Config", "State", "init", "update", "main", "TUNED"}
 IDEA |= {"actor_loss", "critic_loss", "value_loss", "model_loss", "advantage"}
 # and these, each text shared by the files between two bars: other kinds of policy and of data.
 VERSIONS = {

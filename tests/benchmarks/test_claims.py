@@ -2,17 +2,15 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT / "benchmarks"))
-import claims  # noqa: E402
-import claims_pictures  # noqa: E402
+from benchmarks.studies import claims, claims_pictures
+
+ROOT = Path(__file__).resolve().parents[2]
 
 STORED = json.loads((ROOT / "benchmarks/results/claims.json").read_text("utf-8"))
 FLAT = np.ones(5)

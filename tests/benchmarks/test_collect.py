@@ -12,7 +12,7 @@ import pytest
 
 from common import datasets
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 BUNDLED = sorted(
     p.parents[1].relative_to(ROOT / "data") for p in ROOT.glob("data/**/metadata.json")
 )
@@ -20,7 +20,9 @@ BUNDLED = sorted(
 
 @pytest.fixture
 def collect(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("collect", ROOT / "benchmarks/collect.py")
+    spec = importlib.util.spec_from_file_location(
+        "collect", ROOT / "benchmarks/collect/__main__.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))  # export sets it; undone afterwards
@@ -46,7 +48,7 @@ def small(collect):
 
 
 def load(name, monkeypatch):
-    monkeypatch.setattr("common.sources.BUNDLED", Path("data").resolve())
+    monkeypatch.setattr("common.datasets.sources.BUNDLED", Path("data").resolve())
     return datasets.load(name)
 
 

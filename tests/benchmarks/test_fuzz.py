@@ -2,14 +2,11 @@
 
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import fuzz  # noqa: E402
+from benchmarks.faults import fuzz
 
 
 def test_damaged_files_are_read_or_refused():

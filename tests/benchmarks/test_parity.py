@@ -3,16 +3,15 @@
 import ast
 import functools
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))  # finds benchmarks/
-from benchmarks.parity import __main__ as parity  # noqa: E402
-from benchmarks.parity import flatten, unflatten, vector  # noqa: E402
+from benchmarks.parity import __main__ as parity
+from benchmarks.parity import flatten, unflatten, vector
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NAMES = parity.algorithms()
 

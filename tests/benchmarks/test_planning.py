@@ -1,15 +1,12 @@
 """planning.py's clock, its floor in the maze, and what it keeps."""
 
 import json
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import planning  # noqa: E402
+from benchmarks.studies import planning
 
 
 def test_straight_to_the_goal_by_hand():

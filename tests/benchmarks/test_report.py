@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import sys
 from pathlib import Path
 
 import matplotlib.image
@@ -11,20 +10,17 @@ import numpy as np
 import pytest
 import scipy.stats
 
-ROOT = Path(__file__).parents[1]
+from benchmarks import report
+from benchmarks.scores import __main__ as scores
+from benchmarks.scores import runs as score_runs
+from benchmarks.scores import tables as score_tables
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import tables as speed_tables
+from common.experiment import statistics
+
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 RESULTS = ROOT / "benchmarks/results"
-sys.path.insert(1, str(ROOT))
-from benchmarks import (  # noqa: E402
-    report,
-    score_runs,
-    score_tables,
-    scores,
-    speed,
-    speed_tables,
-    stats,
-)
-from common import curve  # noqa: E402
 
 
 def section(mark):
@@ -349,7 +345,7 @@ def test_sources_never_meet(tmp_path):
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 30])
 def test_the_interquartile_mean(n):
     x = np.random.default_rng(n).normal(size=n)
-    np.testing.assert_allclose(curve.iqm(x), scipy.stats.trim_mean(x, 0.25), rtol=1e-12)
+    np.testing.assert_allclose(statistics.iqm(x), scipy.statistics.trim_mean(x, 0.25), rtol=1e-12)
 
 
 def every_resample(x):
@@ -358,17 +354,17 @@ def every_resample(x):
     return np.array(list(itertools.product(*rows)))
 
 
-@pytest.mark.parametrize("statistic", [np.mean, curve.iqm])
+@pytest.mark.parametrize("statistic", [np.mean, statistics.iqm])
 def test_the_bootstrap_against_every_resample(statistic):
     """Two datasets, three seeds each: 27 x 27 resamples, whose shares the drawn ones must have."""
     x = np.array([[1.0, 2.0, 4.0], [108.0, 116.0, 132.0]])
     exact = np.sort([statistic(y) for y in every_resample(x)])
-    drawn = np.sort([statistic(y) for y in stats.resamples(x, 20_000)])
+    drawn = np.sort([statistic(y) for y in statistics.resamples(x, 20_000)])
     assert set(np.round(drawn, 9)) <= set(np.round(exact, 9))
     shares = [np.searchsorted(v, exact + 1e-9) / len(v) for v in (exact, drawn)]
     np.testing.assert_allclose(*shares, atol=0.011)  # three deviations of a share of 20,000
     low, high = np.percentile(exact, [2.5, 97.5])
-    np.testing.assert_allclose(stats.interval(x, statistic), (low, high), atol=0.35)
+    np.testing.assert_allclose(statistics.interval(x, statistic), (low, high), atol=0.35)
 
 
 def test_the_bootstrap_against_scipys():
@@ -379,40 +375,40 @@ def test_the_bootstrap_against_scipys():
         return (a.mean(axis) + b.mean(axis)) / 2
 
     options = {"method": "percentile", "n_resamples": 20_000, "rng": 1}
-    theirs = scipy.stats.bootstrap(list(x), mean, **options).confidence_interval
-    np.testing.assert_allclose(stats.interval(x), theirs, atol=0.1)
+    theirs = scipy.statistics.bootstrap(list(x), mean, **options).confidence_interval
+    np.testing.assert_allclose(statistics.interval(x), theirs, atol=0.1)
 
 
 def test_the_interval_of_two_or_three_seeds_is_their_range():
-    """As the docstring of stats.py says; of four it is not."""
+    """As the docstring of statistics.py says; of four it is not."""
     for n in (2, 3):
-        assert tuple(stats.interval(np.arange(n, dtype=float)[None])) == (0, n - 1)
-    low, high = stats.interval(np.arange(4.0)[None])
+        assert tuple(statistics.interval(np.arange(n, dtype=float)[None])) == (0, n - 1)
+    low, high = statistics.interval(np.arange(4.0)[None])
     assert 0 < low < high < 3
 
 
 def test_the_score_of_a_seed_is_its_mean():
     x = np.array([[0.0, 10.0], [20.0, 40.0]])
-    np.testing.assert_array_equal(stats.of_seeds(x), [[5, 30]])
-    np.testing.assert_array_equal(stats.of_seeds(x[:1]), [[0, 10]])  # one seed: its episodes
+    np.testing.assert_array_equal(statistics.of_seeds(x), [[5, 30]])
+    np.testing.assert_array_equal(statistics.of_seeds(x[:1]), [[0, 10]])  # one seed: its episodes
 
 
 def test_performance_profiles():
     """Counted one by one; the band against that of every resample."""
     x, tau = np.array([[1.0, 2.0], [2.0, 5.0]]), np.array([0.0, 1.0, 2.0, 4.9, 5.0])
-    np.testing.assert_array_equal(stats.profile(x, tau), [1, 0.75, 0.25, 0.25, 0])
+    np.testing.assert_array_equal(statistics.profile(x, tau), [1, 0.75, 0.25, 0.25, 0])
     shares = [[np.mean([score > t for score in y.ravel()]) for t in tau] for y in every_resample(x)]
     exact = np.percentile(shares, [2.5, 97.5], axis=0)
-    np.testing.assert_array_equal(stats.profile_band(x, tau), exact)
+    np.testing.assert_array_equal(statistics.profile_band(x, tau), exact)
 
 
 def test_time_to_a_score():
     steps = [10, 20, 30, 40]
-    assert stats.time_to(5, steps, [1, 6, 4, 5]) == 40  # 6 at 20 did not last
-    assert stats.time_to(5, steps, [1, 2, 5, 9]) == 30
-    assert stats.time_to(5, steps, [5, 6, 7, 8]) == 10
-    assert stats.time_to(5, steps, [9, 9, 9, 4]) is None
-    assert stats.time_to(5, steps, [9, 9, 9, np.nan]) is None
+    assert statistics.time_to(5, steps, [1, 6, 4, 5]) == 40  # 6 at 20 did not last
+    assert statistics.time_to(5, steps, [1, 2, 5, 9]) == 30
+    assert statistics.time_to(5, steps, [5, 6, 7, 8]) == 10
+    assert statistics.time_to(5, steps, [9, 9, 9, 4]) is None
+    assert statistics.time_to(5, steps, [9, 9, 9, np.nan]) is None
 
 
 def test_a_peers_score_stands_beside_ours_of_as_many_updates():

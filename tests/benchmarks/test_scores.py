@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(1, str(ROOT))
-from benchmarks import scores, scores_cluster  # noqa: E402
+from benchmarks.scores import __main__ as scores
+from benchmarks.scores import cluster as scores_cluster
+
+ROOT = Path(__file__).parents[2]
 
 PENDULUM = "stillwater/pendulum/medium-v0"
 FLAGS = "--eval-every 500 --eval-episodes 1 --widths 8"

@@ -1,7 +1,6 @@
 """The FLOPs that benchmarks/speed.py divides by, beside XLA's own count of one update."""
 
 import io
-import sys
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -11,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-from benchmarks import flops, speed, speed_changes, speed_profile  # noqa: E402
-from common import datasets  # noqa: E402
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import changes as speed_changes
+from benchmarks.speed import flops
+from benchmarks.speed import profile as speed_profile
+from common import datasets
 
 SIZES = 17, 6
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks import peers, speed_peers
+from benchmarks import peers
+from benchmarks.speed import peers as speed_peers
 
 
 def test_median_of_chunks_after_two(monkeypatch):

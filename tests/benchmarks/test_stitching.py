@@ -1,13 +1,9 @@
 """Who joins two paths of the data to one that nobody went, benchmarks/stitching.py in short."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import stitching  # noqa: E402
+from benchmarks.studies import stitching
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ import h5py
 import numpy as np
 import pytest
 
-from common import sources
+from common.datasets import sources
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 N = 60  # rows of the whole files, in episodes of 20
 CODE = "raise SystemExit('code of the file was run')"
 

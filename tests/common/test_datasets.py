@@ -15,8 +15,8 @@ import h5py
 import numpy as np
 import pytest
 
-from common import datasets, layouts, sources
-from common.datasets import DatasetError
+from common import datasets
+from common.datasets import DatasetError, readers, sources
 
 
 @pytest.fixture(autouse=True)
@@ -157,10 +157,10 @@ def test_actions_are_rescaled_from_the_environments_bounds(tmp_path):
 
 def test_bounds_need_not_lie_around_zero():
     """Columns in [0, 10] and [-3, -1]."""
-    env = layouts.Env("Some-v0", 1, np.float32([0, -3]), np.float32([10, -1]))
+    env = readers.Env("Some-v0", 1, np.float32([0, -3]), np.float32([10, -1]))
     zeros, action = np.zeros((3, 1)), np.float32([[0, -3], [5, -1], [10, -2]])
     flags = np.zeros(3, bool), np.array([False, False, True]), np.ones(3, bool)
-    rows = layouts.Rows(zeros, action, zeros[:, 0], zeros, *flags)
+    rows = readers.Rows(zeros, action, zeros[:, 0], zeros, *flags)
     arrays, _ = datasets.flatten(rows, env)
     assert arrays["action"].tolist() == [[-1, -1], [0, 1], [1, 0]]
 
@@ -588,8 +588,8 @@ def test_cache_serves_the_second_load_until_the_file_changes(tmp_path, monkeypat
     path = write(tmp_path / "a.hdf5", fields)
     first = datasets.load(path)
     opened = []
-    reader = layouts.Reader
-    monkeypatch.setattr(layouts, "Reader", lambda path: opened.append(path) or reader(path))
+    reader = readers.Reader
+    monkeypatch.setattr(readers, "Reader", lambda path: opened.append(path) or reader(path))
     second = datasets.load(path)
     assert not opened
     assert same(first.transitions(), second.transitions())

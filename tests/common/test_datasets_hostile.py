@@ -10,8 +10,8 @@ import h5py
 import numpy as np
 import pytest
 
-from common import datasets, layouts
-from common.datasets import DatasetError
+from common import datasets
+from common.datasets import DatasetError, readers
 
 N = 6
 
@@ -259,7 +259,7 @@ def test_many_names_of_one_array_are_held_against_the_memory(tmp_path, monkeypat
         for i in range(1, 100):
             file[f"episode_{i}"] = file["episode_0"]
     assert len(datasets.load("own/x-v0").start) == 100
-    monkeypatch.setattr(layouts, "MEMORY", 3000)
+    monkeypatch.setattr(readers, "MEMORY", 3000)
     path.touch()
     with pytest.raises(DatasetError, match=r"episode_\d+/\w+: declares"):
         datasets.load("own/x-v0")
@@ -379,7 +379,7 @@ def test_a_command_ends_with_one_message_and_code_1(tmp_path):
     fields = good()
     fields["rewards"] = changed(fields["rewards"], 3, np.nan)
     path = write(tmp_path / "a.hdf5", fields)
-    root = layouts.Path(layouts.__file__).parents[1]
+    root = readers.Path(readers.__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-m", "common.datasets", str(path)],
         cwd=root, capture_output=True, text=True, check=False,

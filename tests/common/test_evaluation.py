@@ -18,9 +18,9 @@ import mujoco
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))
-from common import evaluation  # noqa: E402
+from common import evaluation
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SIZES = {"Hopper-v5": (11, 3), "Pendulum-v1": (3, 1), "HalfCheetah-v5": (17, 6)}
 

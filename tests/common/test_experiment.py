@@ -17,19 +17,17 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+import toy
 from flax import serialization
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(1, str(Path(__file__).resolve().parent))
-import toy  # noqa: E402
-
-from common import checkpoint, config, curve, experiment, interrupt  # noqa: E402
+from common import experiment
+from common.experiment import checkpoint, config, plots, runtime, statistics
 
 
 @pytest.fixture
 def cfg(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["toy.py"])
-    monkeypatch.setattr(curve, "plot", lambda path, *args: path.write_text("drawn"))  # slow
+    monkeypatch.setattr(plots, "plot", lambda path, *args: path.write_text("drawn"))  # slow
     return toy.Config(out=str(tmp_path / "runs"))
 
 
@@ -114,20 +112,20 @@ def test_curve_is_a_picture(whole):
 def test_curve_without_scores(tmp_path):
     step = np.array([[10], [20]])
     columns = {"step": step, "score": step * np.nan, "return_mean": step, "loss": step}
-    curve.plot(tmp_path / "one.png", "title", columns, {"data's mean": 3.0})
+    plots.plot(tmp_path / "one.png", "title", columns, {"data's mean": 3.0})
     assert matplotlib.image.imread(tmp_path / "one.png").shape[0] < 700  # one panel
-    curve.plot(tmp_path / "none.png", "title", columns | {"return_mean": step * np.nan}, {})
+    plots.plot(tmp_path / "none.png", "title", columns | {"return_mean": step * np.nan}, {})
     assert not (tmp_path / "none.png").exists()
 
 
 def test_statistics():
-    assert curve.iqm(np.array([[-100.0, 1, 2, 3, 4, 5, 6, 900]])) == 3.5
+    assert statistics.iqm(np.array([[-100.0, 1, 2, 3, 4, 5, 6, 900]])) == 3.5
     x = np.random.default_rng(1).normal(50, 10, (1, 400))
-    low, high = curve.interval(x)
+    low, high = statistics.interval(x)
     assert low < x.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * 0.5, rel=0.15)
     between = np.array([[0.0] * 50, [10.0] * 50])  # the seeds differ, not the episodes
-    assert tuple(curve.interval(between)) == (0, 10)
+    assert tuple(statistics.interval(between)) == (0, 10)
 
 
 def test_terminal(cfg, capsys):
@@ -195,7 +193,7 @@ def test_config_round_trip(cfg):
     ],
 )
 def test_values_of_the_paper(env, tau, expected):
-    assert experiment.resolve(toy.Config(env=env, tau=tau), toy.PAPER).tau == expected
+    assert experiment.resolve(toy.Config(env=env, tau=tau), toy.TUNED).tau == expected
 
 
 @pytest.mark.parametrize(
@@ -578,16 +576,16 @@ def test_large_values_are_no_divergence(cfg):
 def test_load(whole, monkeypatch, tmp_path):
     monkeypatch.setattr(config, "PROJECT", tmp_path)
     with pytest.raises(experiment.RunError, match="no algorithm 'toy'"):
-        experiment.load(whole.folder)
+        evaluation.load(whole.folder)
     (tmp_path / "algorithms").symlink_to(Path(toy.__file__).parent)
-    module, cfg, state = experiment.load(whole.folder)
+    module, cfg, state = evaluation.load(whole.folder)
     assert vars(cfg) == vars(whole.cfg)
     saved = checkpoint.read(whole.folder)[1]
     assert np.array_equal(state.x, saved["x"])
     assert state.count.tolist() == [50, 50]
 
     obs = np.random.default_rng(0).normal(size=(7, 5))
-    policies = [experiment.load_policy(whole.folder, seed) for seed in (0, 1)]
+    policies = [evaluation.load_policy(whole.folder, seed) for seed in (0, 1)]
     actions = np.array([policy(obs) for policy in policies])
     assert np.array_equal(actions, jax.vmap(module.act, (0, None))(state, jnp.float32(obs)))
     assert policies[0](obs[0]).shape == (2,)
@@ -599,7 +597,7 @@ def test_load_executes_nothing_else(cfg, name):
     path = run.folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"algorithm": name}))
     with pytest.raises(experiment.RunError, match="no algorithm"):
-        experiment.load(run.folder)
+        evaluation.load(run.folder)
 
 
 # --- Ctrl-C ---
@@ -676,7 +674,7 @@ def test_one_process_at_a_time(tmp_path, whole):
 def test_handlers_are_put_back():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     heard = []
-    with interrupt.heard(lambda: heard.append(1), lambda: heard.append(2)):
+    with runtime.on_interrupt(lambda: heard.append(1), lambda: heard.append(2)):
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.05)

@@ -11,10 +11,11 @@ import gymnasium
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))
-from benchmarks import waypoints  # noqa: E402
-from common import datasets, evaluation, mazes  # noqa: E402
+from benchmarks.collect import waypoints
+from common import datasets, evaluation
+from common.evaluation import environments as mazes
+
+ROOT = Path(__file__).resolve().parents[2]
 
 UMAZE, NAME = "PointMaze_UMaze-v3", "stillwater/pointmaze-umaze/waypoint-v0"
 
@@ -196,7 +197,8 @@ def test_without_the_package_there_is_one_message(monkeypatch, tmp_path, capsys)
 FILM = """
 import sys
 import gymnasium, imageio.v2 as imageio, numpy as np
-from common import evaluation, mazes
+from common import evaluation
+from common.evaluation import environments as mazes
 
 evaluation._choose_renderer()
 evaluation.make("Pendulum-v1")
@@ -361,7 +363,7 @@ def test_collecting_from_the_command_line(tmp_path, monkeypatch):
     done = subprocess.run([*command, UMAZE], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "700 steps, 3 episodes" in done.stdout
-    monkeypatch.setattr("common.sources.BUNDLED", tmp_path)
+    monkeypatch.setattr("common.datasets.sources.BUNDLED", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = datasets.load(NAME)
     assert data.env_id == UMAZE and data.length.tolist() == [300, 300, 100]
@@ -372,7 +374,7 @@ def test_collecting_from_the_command_line(tmp_path, monkeypatch):
 
 
 def test_a_walk_needs_a_maze_with_a_goal(tmp_path):
-    from benchmarks import collect
+    from benchmarks.collect import __main__ as collect
 
     for env_id in ("Hopper-v5", "PointMaze_Open-v3"):
         cfg = collect.Config(env_id, "waypoint", out=str(tmp_path / "out"))

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from common.policy import Policy, pure
 
 from common import datasets, evaluation, experiment
+from common.evaluation import Policy
 
 
 def remember(state, carry, obs, reward, key, cfg):
@@ -29,7 +29,7 @@ MODULE, CFG = SimpleNamespace(act=remember), SimpleNamespace(scale=10.0)
 
 @pytest.fixture
 def policy():
-    return Policy(pure(MODULE, CFG), jnp.float32(1))
+    return Policy(MODULE.policy(CFG), jnp.float32(1))
 
 
 def test_memory_goes_from_step_to_step_and_reset_begins_afresh(policy):
@@ -71,7 +71,7 @@ def test_one_observation_or_several(shape, policy):
 
 
 def test_actions_are_clipped():
-    policy = Policy(pure(MODULE, CFG), jnp.float32(-100))
+    policy = Policy(MODULE.policy(CFG), jnp.float32(-100))
     assert policy(np.ones(2))[:3].tolist() == [-1, 0, -1]
 
 
@@ -156,7 +156,7 @@ def test_a_loaded_dt_acts_as_in_evaluation(walk, tmp_path, monkeypatch):
     returns = evaluation.evaluate(partial(act, state), walk, 2, 1, seed=1)
     assert abs(returns[0, 0] - returns[1, 0]) > 0.1
     assert np.ptp(Walk.rewards[::2]) > 0.1
-    policy, env = experiment.load_policy(run.folder, 1), evaluation.make(walk)
+    policy, env = evaluation.load_policy(run.folder, 1), evaluation.make(walk)
 
     def episode(told):
         obs, reward, total = env.reset(seed=1)[0], 0.0, 0.0

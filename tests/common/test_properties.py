@@ -13,8 +13,8 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common import datasets, layouts
-from common.datasets import Batch
+from common import datasets
+from common.datasets import Batch, readers
 
 # Derandomised: the same in each run. No deadline: the first example compiles.
 steady = settings(deadline=None, derandomize=True, database=None, max_examples=100,
@@ -55,10 +55,10 @@ def read(fields):
             for name, values in fields.items():
                 file[name] = values
         try:
-            rows = layouts.read_d4rl(layouts.Reader(path), layouts.Env())
+            rows = readers.read_d4rl(readers.Reader(path), readers.Env())
         except datasets.DatasetError as error:
             return str(error).replace(folder, ""), None
-        return datasets.flatten(rows, layouts.Env())
+        return datasets.flatten(rows, readers.Env())
 
 
 @steady
@@ -130,7 +130,7 @@ def ends(lengths):
 
 # --- COMBO's ring ---
 
-PUSH, CAPACITY, SIZE = jax.jit(combo.push), 7, 5
+PUSH, CAPACITY, SIZE = jax.jit(combo.add), 7, 5
 
 
 @steady
@@ -138,7 +138,7 @@ PUSH, CAPACITY, SIZE = jax.jit(combo.push), 7, 5
 def test_the_ring_holds_what_a_deque_would(pushes):
     """The last rows kept, in their order from the oldest; what was never written is not sampled."""
     poison = Batch(*(jnp.full((CAPACITY, *x), jnp.nan) for x in ((2,), (1,), (), (2,), ())))
-    ring, held = combo.Ring(poison, jnp.zeros((), int)), collections.deque(maxlen=CAPACITY)
+    ring, held = combo.ReplayBuffer(poison, jnp.zeros((), int)), collections.deque(maxlen=CAPACITY)
     for i, keep in enumerate(pushes):
         ids = np.arange(SIZE, dtype=np.float32) + i * SIZE + 1
         pair = np.stack([ids, -ids], 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = "--num-updates 40 --eval-every 20 --eval-episodes 1 --num-seeds 4 --widths 32 32".split()
 SHARDED = """
 import sys
@@ -17,13 +17,14 @@ sys.path[:0] = ["algorithms", "."]
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
 import {name} as module
-from common import datasets, devices, experiment
-cfg = experiment.resolve(module.Config(eval_every=5), getattr(module, "PAPER", None))
+from common import datasets, experiment
+from common.experiment import runtime
+cfg = experiment.resolve(module.Config(eval_every=5), getattr(module, "TUNED", None))
 data = datasets.load(cfg.env)
 batch = data.steps() if "windows" in open(module.__file__).read() else data.transitions()
 keys = jax.vmap(jax.random.key)(jnp.arange({seeds}))
 state = jax.jit(jax.vmap(partial(module.init, cfg=cfg), (0, None)))(keys, batch)
-state = devices.spread(state)
+state = runtime.shard_seeds(state)
 chunk = jax.jit(jax.vmap(partial(module.train_chunk, cfg=cfg), (0, None, 0)), donate_argnums=0)
 program = chunk.lower(state, batch, keys).compile()
 words = "all-reduce", "all-gather", "all-to-all", "collective-permute"
@@ -80,8 +81,8 @@ def test_each_device_has_whole_seeds_and_they_do_not_talk(tmp_path):
 
 def test_as_many_devices_work_as_divide_the_seeds(tmp_path):
     words = (
-        "import jax.numpy as jnp; from common import devices; "
-        "print([len(devices.spread(jnp.zeros((n, 2))).sharding.device_set) for n in range(1, 9)])"
+        "import jax.numpy as jnp; from common.experiment.runtime import shard_seeds; "
+        "print([len(shard_seeds(jnp.zeros((n, 2))).sharding.device_set) for n in range(1, 9)])"
     )
     assert run(["-c", words], tmp_path, devices=4).splitlines()[-1] == "[1, 2, 3, 4, 1, 3, 1, 4]"
 
@@ -96,7 +97,7 @@ def test_a_second_start_compiles_nothing(first, tmp_path):
     np.testing.assert_array_equal(again, metrics)
 
 
-WHERE = "import jax; from common import devices; devices.keep_programs(); "
+WHERE = "import jax; from common.experiment import runtime; runtime.keep_programs(); "
 WHERE += "print(jax.config.jax_compilation_cache_dir); jax.jit(lambda x: x + 1)(1)"
 
 
