@@ -1,8 +1,8 @@
 """Advantage-weighted actor-critic (AWAC). Nair, Gupta, Dalal, Levine 2020, arXiv:2006.09359.
 
-Q-learning with the policy's own next actions, and a policy that imitates the data's actions, each
-by how much better it is than what the policy would do itself: exp(A / lambda) solves policy
-improvement under a bound on the KL divergence from the data.
+Q-learning with the policy's own next actions, and a policy that imitates each action of the data
+by how much better it is than the policy's own: exp(A / lambda) solves policy improvement under a
+bound on the KL divergence from the data.
 
     L_Q(theta) = E[ (r + gamma Q_target(s', a') - Q(s, a))^2 ],   a' ~ pi(. | s')
     L_pi(phi)  = E[ -exp(A(s, a) / lambda) log pi(a | s) ]
@@ -10,14 +10,16 @@ improvement under a bound on the KL divergence from the data.
 
 Run: python algorithms/awac.py --env halfcheetah-medium-v2 --num-seeds 4
 
-Settings of the trusted port (CORL, github.com/tinkoff-ai/CORL): the smaller of two critics, the
-exponential clipped at 100; three hidden layers; beta is 1 / lambda. Differs from it: the mean is a
-tanh and std at least e^-5, as in the JAX port (ikostrikov's jaxrl, which also normalises the
-weights over the batch); the data's own next_obs, so that rows at time limits count. Otherwise the
-updates are the port's (benchmarks/parity). The authors' code (rlkit) is further from the paper's
-equations: weights are a softmax over the batch, without a clip; the policy learns against the Q of
-before its step; std lies between e^-6 and 1; a' is not clipped; weight decay on a policy of four
-layers.
+Settings and updates are those of the trusted port, CORL (github.com/tinkoff-ai/CORL): the smaller
+of two critics, the exponential clipped at 100, three hidden layers; beta is 1 / lambda. Differs
+from the port:
+- the mean has a tanh, the std is at least e^-5, both as in jaxrl (no tanh, e^-20)
+- the data's own next_obs, so rows at time limits count (dropped)
+The authors' code (rlkit) is further from the paper's equations:
+- weights are a softmax over the batch, without a clip
+- the policy is updated with the critic from before its own update
+- the std lies between e^-6 and 1, a' is not clipped
+- the policy has four layers and weight decay
 """
 
 import sys
@@ -37,18 +39,18 @@ from flax.training.train_state import TrainState
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
 
-# The port's values where they depend on the data; the longest name that fits, see Config.
+# Values that depend on the dataset, as in the port; the longest matching name wins.
 TUNED = {
     "default": dict(beta=3.0, scale_reward=False, shift_reward=0.0),
-    "maze": dict(beta=10.0),
+    **dict.fromkeys(("maze2d", "pointmaze"), dict(beta=10.0)),
     "antmaze": dict(beta=10.0, shift_reward=-1.0),
-    **dict.fromkeys(("pen-", "door", "hammer", "relocate"), dict(beta=10.0)),
+    **dict.fromkeys(("pen", "door", "hammer", "relocate"), dict(beta=10.0)),
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
@@ -67,16 +69,16 @@ class Config:
     normalize: bool = True  # standardise observations
     # --- AWAC ---
     lr_decay: bool = False  # let the actor's learning rate fall to 0 by a cosine
-    num_samples: int = 1  # actions a' for V
-    beta: float | None = None  # inverse temperature 1 / lambda; None: TUNED, else 3
-    max_weight: float = 100.0  # clip of the exponential
-    scale_reward: bool | None = None  # x 1000 / (best - worst return); None: TUNED, else off
-    shift_reward: float | None = None  # added to every reward; None: TUNED, else 0
+    num_samples: int = 1  # actions a' that V averages over
+    beta: float | None = None  # inverse temperature 1 / lambda; default 3, mazes 10, in [0, inf)
+    max_weight: float = 100.0  # clip of the exponential, in (0, inf]
+    scale_reward: bool | None = None  # by 1000 / (best - worst return); default off
+    shift_reward: float | None = None  # added to every reward; default 0, antmaze -1
 
 
 class Dense(nn.Module):
-    """x W^T + b, as PyTorch has it: its initialisation, and W (out, in), which spares a CPU the
-    transposing of W's gradients."""
+    """x W^T + b with PyTorch's initialisation; W is (out, in), so that a CPU need not transpose its
+    gradient."""
 
     width: int
 
@@ -152,7 +154,7 @@ def init(key, data, cfg):
     )
 
 
-# A loss differentiates its first argument; everything in `state` is a constant to it.
+# A loss is differentiated by its first argument; everything in `state` is a constant.
 
 
 def critic_loss(q_params, state, batch, key, cfg):

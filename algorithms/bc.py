@@ -1,8 +1,8 @@
 """Behaviour cloning (BC) and %BC, the baselines of every table.
 
-BC learns to do what the data do: at best it is as good as the policy that made them (Pomerleau
-1988). %BC does the same with the best episodes alone, by their return: what offline RL has to beat
-(Chen et al. 2021, arXiv:2106.01345).
+BC imitates the data's actions: at best it is as good as the policy that collected them (Pomerleau
+1988). %BC imitates only the episodes with the highest returns, which is what offline RL has to
+beat (Chen et al. 2021, arXiv:2106.01345).
 
     L_pi(phi) = E[ |mean(s) - a|^2 ]     --head deterministic
     L_pi(phi) = E[ -log pi(a | s) ]      --head gaussian
@@ -10,10 +10,11 @@ BC learns to do what the data do: at best it is as good as the policy that made 
 Run: python algorithms/bc.py --env halfcheetah-medium-v2                  # BC
      python algorithms/bc.py --env halfcheetah-medium-v2 --fraction 0.1   # 10%BC
 
-Settings of the trusted port (CORL, github.com/tinkoff-ai/CORL). Differs from it: an episode ends
-where the data end it, not only at terminals and after every 1000 steps; returns are not discounted.
-The square is averaged over the action's dimensions, as there. The Gaussian head is that of its AWAC
-with a tanh (benchmarks/parity).
+Settings and updates are those of the trusted port, CORL (github.com/tinkoff-ai/CORL): the squared
+error is averaged over the action's dimensions. The Gaussian head is the policy of CORL's AWAC with
+a tanh on its mean. Differs from the port:
+- an episode ends where the data say so (only at terminals and after every 1,000 steps)
+- %BC ranks episodes by undiscounted return (discounted)
 """
 
 import sys
@@ -38,7 +39,7 @@ from common import datasets, evaluation, experiment  # noqa: E402
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
@@ -54,13 +55,13 @@ class Config:
     widths: tuple[int, ...] = (256, 256)  # hidden layers of every network
     normalize: bool = True  # standardise observations
     # --- BC ---
-    fraction: float = 1.0  # of the episodes, those of the largest returns; 0.1 is 10%BC
+    fraction: float = 1.0  # of the episodes, by highest return; 0.1 is 10%BC, in (0, 1]
     head: Literal["deterministic", "gaussian"] = "deterministic"  # squared error or likelihood
 
 
 class Dense(nn.Module):
-    """x W^T + b, as PyTorch has it: its initialisation, and W (out, in), which spares a CPU the
-    transposing of W's gradients."""
+    """x W^T + b with PyTorch's initialisation; W is (out, in), so that a CPU need not transpose its
+    gradient."""
 
     width: int
 

@@ -1,7 +1,7 @@
 """Conservative Offline Model-Based Policy Optimization (COMBO). Yu et al. 2021, arXiv:2102.08363.
 
 Learn a model of the environment, roll the policy out in it, and learn from real and imagined steps
-together, with a critic that is pushed down where the model went and up where the data is. No
+together, with a critic that is pushed down where the model went and up where the data are. No
 estimate of the model's error is needed.
 
     Conservative policy evaluation (Section 3): d_f holds a fraction f of the data's steps and 1 - f
@@ -15,17 +15,21 @@ estimate of the model's error is needed.
 
 Run: python algorithms/combo.py --env halfcheetah-medium-v2
 
-The sum over actions is CQL's: importance weights from 10 uniform actions, 10 of pi(. | s) and 10 of
-pi(. | s'), for each critic by itself. Settings of the trusted port, OfflineRL-Kit
-(github.com/yihaosun1124/OfflineRL-Kit): both squared errors whole, not halved; the target without
-entropy. Differs from it: the log-sum-exp runs over all 30 actions (a reshape lost there leaves 3);
-each member of the model has its own bounds of the variance, kept with its best weights; each elite
-serves an equal share of a rollout's rows, drawn anew at each step; the critics' targets and penalty
-take the policy from before its step; the policy's rate falls at each update, there at each 1,000th;
-its log std has CQL's affine map and falls to -20, there to -5; tanh's log-density and the std of
-the model's inputs are not the same to 1e-6; `--max-backup` has the smaller critic first, then the
-best action; a model's epoch drops its last, partial minibatch; the model starts from
-PyTorch's initialisation, there from normal weights and no bias.
+The sum over actions is CQL's, estimated for each critic with importance weights from `num_actions`
+uniform actions, as many of pi(. | s) and as many of pi(. | s'). Settings and updates are those of
+the trusted port, OfflineRL-Kit (github.com/yihaosun1124/OfflineRL-Kit): whole squared errors, not
+halved; no entropy in the target. Its log-sum-exp runs over 3 values, since the result of a reshape
+is lost, and its scores and betas come from that penalty: in expectation it is ours with
+`num_actions` 1, the default; 10 is CQL's own form. Differs from the port:
+- each member of the model has its own bounds of the variance, kept with its best weights (shared)
+- each elite predicts an equal share of a rollout's rows, drawn anew at each step (drawn by row)
+- critics are updated with the policy from before its own update (from after)
+- the policy's rate falls with each update (with each 1,000th)
+- log std has CQL's learned affine map and a floor of -20 (none, -5)
+- tanh's log-density and the std of the model's inputs differ by less than 1e-6
+- `--max-backup` takes the smaller critic, then the best action (the other way round)
+- an epoch of the model drops its last, partial minibatch (keeps it)
+- PyTorch's initialisation of the model (normal weights, no bias)
 """
 
 import math
@@ -47,7 +51,7 @@ from flax.training.train_state import TrainState
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
 
-# The port's values where they depend on the data; the longest name that fits, see Config.
+# Values that depend on the dataset, as in the port; the longest matching name wins.
 TUNED = {
     "default": dict(horizon=5, beta=5.0),
     "halfcheetah-medium": dict(horizon=5, beta=0.5),
@@ -64,7 +68,7 @@ TUNED = {
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
@@ -83,30 +87,30 @@ class Config:
     widths: tuple[int, ...] = (256, 256, 256)  # hidden layers of policy and critics
     normalize: bool = False  # standardise observations
     # --- COMBO ---
-    beta: float | None = None  # weight of the penalty; None: TUNED, else 5
-    num_actions: int = 10  # sampled actions of each of the three kinds
+    beta: float | None = None  # weight of the penalty; default 5, see TUNED, in [0, inf)
+    num_actions: int = 1  # sampled actions of each of the three kinds
     max_backup: bool = False  # the target takes the best of num_actions next actions
-    real_fraction: float = 0.5  # f, the data's part of a minibatch
+    real_fraction: float = 0.5  # f, the data's share of a minibatch, in (0, 1)
     rho: Literal["mixture", "model"] = "mixture"  # states at which Q is pushed down
-    horizon: int | None = None  # steps of a model rollout; None: TUNED, else 5
+    horizon: int | None = None  # steps of a model rollout; default 5, walker2d 1
     rollout_every: int = 1_000  # gradient steps between rollouts
-    rollout_batch: int = 50_000  # rows of a rollout, started from states of the data
+    rollout_batch: int = 50_000  # states of the data from which a rollout starts
     retain: int = 5  # rollouts that the replay buffer holds
     termination: bool = True  # rollouts stop at the environment's terminal states
-    save_every: int = 20_000  # gradient steps between checkpoints: they hold the replay buffer
+    save_every: int = 20_000  # gradient steps between checkpoints, which hold the replay buffer
     # --- Dynamics ---
     model_widths: tuple[int, ...] = (200, 200, 200, 200)  # hidden layers of a member
     model_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # weight decay by layer
     model_lr: float = 1e-3  # Adam
-    num_members: int = 7  # networks that are trained
-    num_elites: int = 5  # networks that are used, the best on the holdout
-    patience: int = 5  # training ends after so many epochs without a gain of 1 % by any member
-    max_epochs: int = 1_000  # training ends at the latest
+    num_members: int = 7  # trained networks
+    num_elites: int = 5  # networks used in rollouts, the best on the holdout
+    patience: int = 5  # epochs without a gain of 1 % by any member, after which training ends
+    max_epochs: int = 1_000  # limit of training
 
 
 class Dense(nn.Module):
-    """x W^T + b, as PyTorch has it: its initialisation, and W (out, in), which spares a CPU the
-    transposing of W's gradients."""
+    """x W^T + b with PyTorch's initialisation; W is (out, in), so that a CPU need not transpose its
+    gradient."""
 
     width: int
 
@@ -204,7 +208,7 @@ class Dynamics:
 
 @struct.dataclass
 class Fit:
-    """A model in training, M members."""
+    """A model in training, with M members."""
 
     model: TrainState
     dynamics: Dynamics  # each member as it was at its lowest holdout error
@@ -227,7 +231,7 @@ def model_pairs(data, rows):
 
 
 def init_fit(key, data, cfg):
-    """A fresh ensemble, and the rows that each member learns from, for one seed."""
+    """A fresh ensemble for one seed, and the rows that each member learns from."""
     k_params, k_holdout, k_bootstrap = jax.random.split(key, 3)
     rows = jax.random.permutation(k_holdout, len(data.reward))
     size = min(len(rows) // 5, 1000)
@@ -246,7 +250,7 @@ def init_fit(key, data, cfg):
 
 
 def model_loss(params, fit, inputs, targets, cfg):
-    """Negative log-likelihood, weight decay, a pull on the variance's bounds; of one member."""
+    """One member: negative log-likelihood, weight decay, a pull on the bounds of the variance."""
     x = (inputs - fit.dynamics.mean) / fit.dynamics.std
     mean, logvar = fit.model.apply_fn(params, x)
     nll = jnp.mean((mean - targets) ** 2 * jnp.exp(-logvar) + logvar)
@@ -257,7 +261,7 @@ def model_loss(params, fit, inputs, targets, cfg):
 
 
 def fit_epoch(fit, data, key, cfg):
-    """One pass of each member over its rows, then its error on the holdout."""
+    """One pass of each member over its rows, then its holdout error."""
 
     def step(model, rows):  # (M, B)
         def loss(params):
@@ -300,7 +304,7 @@ def elites(fit, cfg):
 
 
 def fit_dynamics(keys, data, cfg, log):
-    """The elites of each seed, trained epoch by epoch until the holdout error falls for none."""
+    """The elites of each seed, trained by epochs until no member's holdout error falls."""
     data = jax.tree.map(lambda x: x[known_rows(data)], data)
     fold = jax.vmap(jax.random.fold_in, (0, None))
     keys = fold(keys, jnp.uint32(2**31))  # beyond every update's
@@ -316,7 +320,7 @@ def fit_dynamics(keys, data, cfg, log):
 
 
 def model_step(dynamics, obs, action, key, cfg):
-    """Sampled s' (R, D) and r (R,); each elite serves R / E consecutive rows."""
+    """Sampled s' (R, D) and r (R,); each of E elites predicts R / E consecutive rows."""
     net = Gaussian(cfg.model_widths, obs.shape[-1] + 1)
     x = (jnp.concatenate([obs, action], -1) - dynamics.mean) / dynamics.std
     x = x.reshape(cfg.num_elites, -1, x.shape[-1])
@@ -340,7 +344,7 @@ class ReplayBuffer:
 
 
 def add(buffer, batch, keep):
-    """Appends the rows of `batch` where `keep`, over the oldest ones; at most `capacity` rows."""
+    """Appends the rows of `batch` where `keep`, at most `capacity`; the oldest are overwritten."""
     capacity = len(buffer.rows.reward)
     slot = (buffer.total + jnp.cumsum(keep) - 1) % capacity
     slot = jnp.where(keep, slot, capacity)  # out of bounds, dropped
@@ -387,21 +391,21 @@ def init(key, data, cfg):
 
 
 def never(obs, action, next_obs):
-    """No terminal states, `--no-termination`."""
+    """`--no-termination`: no state is terminal."""
     return jnp.zeros(len(next_obs), bool)
 
 
 def rollout(state, data, key, cfg, terminal):
-    """The policy in the model: a Batch of horizon * R rows, and which of them come before an end.
+    """The policy in the model: a Batch of horizon * R rows, and a mask of those before an end.
 
-    terminal(obs, action, next_obs) -> bool (R,) tells the environment's terminal states.
+    terminal(obs, action, next_obs) -> bool (R,): the environment's terminal states.
     """
     k_start, k_steps = jax.random.split(key)
     start = jax.random.randint(k_start, (cfg.rollout_batch,), 0, len(data.reward))
 
     def step(carry, key):
         k_order, k_action, k_model = jax.random.split(key, 3)
-        order = jax.random.permutation(k_order, cfg.rollout_batch)  # gives each row another elite
+        order = jax.random.permutation(k_order, cfg.rollout_batch)  # each row meets another elite
         obs, alive = carry[0][order], carry[1][order]
         pi = state.actor.apply_fn(state.actor.params, normalise(state, obs))
         action = pi.sample(seed=k_action)
@@ -415,7 +419,7 @@ def rollout(state, data, key, cfg, terminal):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
 
 
-# A loss differentiates its first argument; everything in `state` is a constant to it.
+# A loss is differentiated by its first argument; everything in `state` is a constant.
 
 
 def backup(state, batch, key, cfg):
@@ -473,7 +477,7 @@ def actor_loss(pi_params, state, batch, key):
 
 
 def temperature_loss(params, state, entropy, target_entropy):
-    """Its descent raises the temperature while the policy's entropy is below the target."""
+    """Descending it raises the temperature while the policy's entropy is below the target."""
     temperature = state.temperature.apply_fn(params)
     return jnp.log(temperature) * (entropy - target_entropy), {"temperature": temperature}
 

@@ -1,23 +1,26 @@
 """Conservative Q-Learning (CQL). Kumar, Zhou, Tucker, Levine 2020, arXiv:2006.04779.
 
-Soft actor-critic whose critic also learns to be small at actions that the data lacks and large at
-those that it has, so that the policy's value is a lower bound of the true one.
+Soft actor-critic with a critic that is pushed down at actions that the data lacks and up at the
+data's own, so that the policy's value is a lower bound of its true value.
 
     min_Q  alpha E_s~D[ log sum_a exp Q(s, a) - E_a~D[Q(s, a)] ]
            + E_D[ (r + gamma Q_target(s', a') - Q(s, a))^2 ],   a' ~ pi(. | s')       (4)
 
 Run: python algorithms/cql.py --env halfcheetah-medium-v2
 
-The sum over actions is an integral, estimated with importance weights from 10 uniform actions, 10
-of pi(. | s) and 10 of pi(. | s'), for each critic by itself (Appendix F). Options: `--variant rho`
-has log E_a~pi[exp Q(s, a)] in its place, the solution for the regulariser -KL(mu, pi); `--lagrange`
-tunes alpha to hold the bracket at that gap; `--max-backup` takes the best of 10 a'; `--alpha 0` is
-plain SAC, which fails on offline data.
+The sum over actions is an integral. It is estimated for each critic with importance weights from 10
+uniform actions, 10 of pi(. | s) and 10 of pi(. | s') (Appendix F). Options:
+- `--variant rho`: log E_a~pi[exp Q(s, a)] for the sum, the solution for the regulariser -KL(mu, pi)
+- `--lagrange GAP`: alpha is tuned to hold the bracket at this gap
+- `--max-backup`: the target takes the best of 10 next actions
+- `--num-actions 1`: a sixth of the arithmetic; the sum then runs over 3 actions
+- `--alpha 0`: plain SAC, which fails on offline data
 
-Settings of the trusted port (github.com/young-geng/CQL): both squared errors whole, not halved; the
-target without entropy. Differs from it: the data's own next_obs, so that rows at time limits count;
-actions of the data are not clipped. Otherwise the updates are the port's (benchmarks/parity), but
-for CQL(rho), which it does not have.
+Settings and updates are those of the trusted port (github.com/young-geng/CQL): whole squared
+errors, not halved; no entropy in the target. Differs from the port:
+- CQL(rho) (absent)
+- the data's own next_obs, so rows at time limits count (dropped)
+- actions of the data are not clipped (to 0.999)
 """
 
 import math
@@ -42,7 +45,7 @@ from common import datasets, evaluation, experiment  # noqa: E402
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
@@ -64,13 +67,13 @@ class Config:
     alpha: float = 5.0  # weight of the penalty, Eq. (4)
     num_actions: int = 10  # sampled actions of each of the three kinds
     variant: Literal["H", "rho"] = "H"  # CQL(H): Eq. (4); CQL(rho): rho is the current policy
-    lagrange: float | None = None  # gap that alpha is tuned for; None: alpha stays fixed
+    lagrange: float | None = None  # gap that alpha is tuned for; default: alpha is fixed
     max_backup: bool = False  # the target takes the best of num_actions next actions
 
 
 class Dense(nn.Module):
-    """x W^T + b, as PyTorch has it: its initialisation, and W (out, in), which spares a CPU the
-    transposing of W's gradients."""
+    """x W^T + b with PyTorch's initialisation; W is (out, in), so that a CPU need not transpose its
+    gradient."""
 
     width: int
 
@@ -172,7 +175,7 @@ def init(key, data, cfg):
     )
 
 
-# A loss differentiates its first argument; everything in `state` is a constant to it.
+# A loss is differentiated by its first argument; everything in `state` is a constant.
 
 
 def backup(state, batch, key, cfg):
@@ -237,7 +240,7 @@ def actor_loss(pi_params, state, batch, key):
 
 
 def temperature_loss(params, state, entropy, target_entropy):
-    """Its descent raises the temperature while the policy's entropy is below the target."""
+    """Descending it raises the temperature while the policy's entropy is below the target."""
     temperature = state.temperature.apply_fn(params)
     return jnp.log(temperature) * (entropy - target_entropy), {"temperature": temperature}
 

@@ -1,8 +1,9 @@
 """Diffuser. Janner, Du, Tenenbaum, Levine 2022, arXiv:2205.09991.
 
-Planning as sampling: a diffusion model of trajectories, states and actions together, is asked for
-one that begins at the present state. The gradient of a learned return guides it to a good one,
-whose actions are taken; or the last state, a goal, is given as well, and the states are tracked.
+Planning as sampling: a diffusion model of whole trajectories, states and actions together, samples
+one that begins at the current state. The gradient of a learned return guides it to a good one,
+whose first action is taken. In a maze the last state, the goal, is given as well, and a controller
+tracks the planned states.
 
     q(x_t | x_0)          = N(sqrt(abar_t) x_0, (1 - abar_t) I)           the cosine schedule abar
     L(theta)              = E[ |x_0 - f(x_t, t)|^2 ]                      f predicts x_0
@@ -10,18 +11,21 @@ whose actions are taken; or the last state, a goal, is given as well, and the st
     q(x_{t-1} | x_t, x_0) = N(mu_t(x_0, x_t), sigma_t^2 I)                the posterior
     x_{t-1}               ~ N(mu_t(f(y, t), y), sigma_t^2 I),   y = x_t + w sigma_t^2 grad J(x_t, t)
 
-with the known states put into every x_t (inpainting).
+The known states replace those of every x_t (inpainting).
 
 Run: python algorithms/diffuser.py --env halfcheetah-medium-v2 --plan-every 4 --ddim-steps 5
 
-Settings of the authors' code. Differs from it: a batch is one of 64, not two of 32; the average of
-the weights begins at once and moves at every step, there after 2,000 and at every tenth; J trains
-as long as f, there 200,000 steps; windows begin at every step, there not within the last H of the
-1,000 that an episode may have; beyond an episode's end the loss is masked, there zeros are learned;
-1e-3 is added to each std or half range; returns are learned divided by `return_scale`, and J is the
-number times it; the best plan is that of the largest J in the end, there before the last step;
-upsampling is a convolution of size 3 to two steps, there a transposed one of size 4, its special
-case with two of six taps zero; no attention at halfcheetah's horizon of 4.
+Settings are those of the authors' code. Differs from it:
+- a batch of 64 (two of 32)
+- averaged weights from the first update on, moved at each (after 2,000, at every tenth)
+- J trains as long as f (200,000 updates)
+- windows begin at every step (not within the last H of the 1,000 that an episode may have)
+- the loss beyond an episode's end is masked (zeros are learned)
+- 1e-3 is added to each std or half range (nothing)
+- returns are learned divided by `return_scale`, and J multiplied by it (raw)
+- the best plan has the largest J after the last denoising step (before it)
+- upsampling by a convolution of size 3 to two steps (transposed, size 4)
+- no attention at halfcheetah's horizon of 4 (linear attention)
 """
 
 import sys
@@ -42,7 +46,7 @@ from flax.training.train_state import TrainState
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
 
-# The authors' values where they depend on the data; the longest name that fits, see Config.
+# Values that depend on the dataset, as in the authors' code; the longest matching name wins.
 MAZE = dict(goal=True, plan_every=0, action_weight=1.0, multiples=(1, 4, 8), diffusion_steps=256)
 TUNED = {
     "default": dict(
@@ -60,7 +64,7 @@ TUNED = {
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
@@ -76,37 +80,37 @@ class Config:
     lr: float = 2e-4  # Adam, both networks
     normalize: bool = True  # standardise observations and actions; with a goal: to [-1, 1]
     # --- Diffuser ---
-    horizon: int | None = None  # H, steps of a plan; None: TUNED, else 32
-    diffusion_steps: int | None = None  # T, steps from data to noise; None: TUNED, else 20
-    multiples: tuple[int, ...] | None = None  # levels' widths / width; None: TUNED, else 1 2 4 8
+    horizon: int | None = None  # H, steps of a plan; default 32, halfcheetah 4, mazes 128 to 384
+    diffusion_steps: int | None = None  # T, from data to noise; default 20, mazes 64 or 256
+    multiples: tuple[int, ...] | None = None  # of width, by level; default 1 2 4 8 or 1 4 8
     width: int = 32  # of the U-Net's first level
-    ema: float = 0.995  # decay of the averaged weights, which plan
-    action_weight: float | None = None  # of the first action in the loss; None: TUNED, else 10
+    ema: float = 0.995  # decay of the averaged weights, with which plans are made, in [0, 1]
+    action_weight: float | None = None  # of the first action in the loss; default 10, mazes 1
     end_return: float = -100.0  # added to the return at terminal states
-    return_scale: float = 1_000.0  # returns are divided by it
+    return_scale: float = 1_000.0  # returns are divided by it, in (0, inf)
     # --- Planning ---
-    goal: bool | None = None  # obs are x, y, vx, vy, goal x, goal y; None: TUNED, else off
-    samples: int = 64  # plans, of which the best is kept; 1 with a goal
-    guide_scale: float | None = None  # w; None: TUNED, else 0.1
-    guide_steps: int = 2  # gradient steps for each denoising step
-    guide_stop: int | None = None  # no guide at t below this; None: TUNED, else 2
-    plan_every: int | None = None  # environment steps to a plan; 0: one plan; None: TUNED, else 1
-    ddim_steps: int = 0  # denoising steps, deterministic (DDIM); 0: all, with noise
-    warm_start: int = 0  # denoising steps from the plan before; 0: always from noise
+    goal: bool | None = None  # obs are x, y, vx, vy, goal x, goal y; default off, mazes on
+    samples: int = 64  # plans of which the best is kept; 1 with a goal
+    guide_scale: float | None = None  # w; default 0.1, halfcheetah 0.001, in [0, inf)
+    guide_steps: int = 2  # gradient steps for each denoising step, in [0, inf)
+    guide_stop: int | None = None  # no guide at t below this; default 2, in [0, inf)
+    plan_every: int | None = None  # steps to a plan; default 1, mazes 0: one plan, in [0, inf)
+    ddim_steps: int = 0  # deterministic denoising steps (DDIM); 0: all, with noise
+    warm_start: int = 0  # denoising steps from the previous plan; 0: always from noise
 
 
 # --- Networks ---
 
 
 def mish(x):
-    """x tanh(softplus(x)), by a single exponential."""
+    """x tanh(softplus(x)), with a single exponential."""
     e = jnp.exp(jnp.minimum(x, 20))
     return x * (e * e + 2 * e) / (e * e + 2 * e + 2)
 
 
 class Dense(nn.Module):
-    """x W^T + b, as PyTorch has it: its initialisation, and W (out, in), which spares a CPU the
-    transposing of W's gradients."""
+    """x W^T + b with PyTorch's initialisation; W is (out, in), so that a CPU need not transpose its
+    gradient."""
 
     width: int
 
@@ -119,7 +123,7 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-    """A convolution along time, as one matrix product: on a CPU much faster than XLA's own."""
+    """A convolution along time as one matrix product, on a CPU much faster than XLA's own."""
 
     width: int
     size: int = 5
@@ -134,7 +138,7 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions and a way past them; the time of the diffusion comes in between."""
+    """Residual block: two convolutions, conditioned on the diffusion step."""
 
     width: int
 
@@ -147,7 +151,7 @@ class Block(nn.Module):
 
 
 class TimeEmbedding(nn.Module):
-    """Embedding (B, W) of the diffusion's time t (B,)."""
+    """Sinusoidal embedding (B, W) of the diffusion step t (B,), and an MLP on it."""
 
     width: int
 
@@ -183,7 +187,7 @@ class UNet(nn.Module):
 
 
 class ReturnModel(nn.Module):
-    """J(x_t, t), (B,): the way down of the U-Net, and on to a single number."""
+    """J(x_t, t), (B,): the downward half of the U-Net, continued to a single number."""
 
     width: int
     multiples: tuple[int, ...]
@@ -203,7 +207,7 @@ class ReturnModel(nn.Module):
 
 
 class Denoising(NamedTuple):
-    """x_s ~ N(x0 f(x_t, t) + xt x_t, std^2) from time t on to the next lower s of a sequence."""
+    """Coefficients of x_s ~ N(x0 f(x_t, t) + xt x_t, std^2), from step t to the next lower s."""
 
     t: np.ndarray  # falling
     x0: np.ndarray
@@ -213,13 +217,13 @@ class Denoising(NamedTuple):
 
 
 def schedule(steps):
-    """abar (steps,) float64, the share of x_0's variance in x_t."""
+    """abar (steps,) float64, the share of x_0's variance in x_t: the cosine schedule."""
     f = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.cumprod(1 - (1 - f[1:] / f[:-1]).clip(max=0.999))
 
 
 def denoising(steps, ddim_steps=0):
-    """The steps back from noise: all of them by the posterior, or a few, deterministic, by DDIM."""
+    """The denoising steps: all of them by the posterior, or a few deterministic ones by DDIM."""
     t = np.linspace(steps - 1, 0, ddim_steps or steps).round().astype(np.int32)
     now = schedule(steps)[t]
     past = np.append(now[1:], 1.0)  # abar at the next lower time
@@ -235,7 +239,7 @@ def denoising(steps, ddim_steps=0):
 
 
 def condition(x, known):
-    """x (B, H, C) with its first state, and of a goal its last, as they are known to be."""
+    """x (B, H, C) with its known states in place: the first, and with a goal the last."""
     first, last = known
     x = x.at[:, 0, -first.shape[-1] :].set(first)
     return x if last is None else x.at[:, -1, -last.shape[-1] :].set(last)
@@ -264,7 +268,7 @@ class State:
 
 
 def scaling(x, cfg):
-    """Mean and std of the rows of x (N, D); with a goal, what maps them to [-1, 1]."""
+    """Mean and std of the rows of x (N, D); with a goal, middle and half range: to [-1, 1]."""
     if not cfg.normalize:
         return jnp.zeros_like(x[0]), jnp.ones_like(x[0])
     low, high = x.min(0), x.max(0)
@@ -295,11 +299,11 @@ def init(key, data, cfg):
     )
 
 
-# A loss differentiates its first argument; everything in `state` is a constant to it.
+# A loss is differentiated by its first argument; everything in `state` is a constant.
 
 
 def diffuse(state, batch, key, cfg):
-    """x_t at uniform times, with what is known put in: (x_t, t, known)."""
+    """(x_t, t, known): noised trajectories at uniform steps t, known states in place."""
     k_t, k_noise = jax.random.split(key)
     states = batch.x[..., len(state.action_mean) :]
     known = states[:, 0], states[:, -1] if cfg.goal else None
@@ -310,7 +314,7 @@ def diffuse(state, batch, key, cfg):
 
 
 def model_loss(params, state, batch, key, cfg):
-    """Squared error of the trajectory found in its noise; what is known costs nothing."""
+    """Squared error of the denoised trajectory; known states cost nothing."""
     x, t, known = diffuse(state, batch, key, cfg)
     error = (condition(state.model.apply_fn(params, x, t), known) - batch.x) ** 2
     error = error.at[:, 0, : len(state.action_mean)].multiply(cfg.action_weight)
@@ -319,7 +323,7 @@ def model_loss(params, state, batch, key, cfg):
 
 
 def value_loss(params, state, batch, key, cfg):
-    """Squared error of the return found in the noisy trajectory."""
+    """Squared error of the return predicted from the noisy trajectory."""
     x, t, _ = diffuse(state, batch, key, cfg)
     j = state.value.apply_fn(params, x, t)
     loss = jnp.mean((j - batch.returns_to_go) ** 2)
@@ -333,7 +337,7 @@ def descend(loss_fn, learner, *args):
 
 
 def update(state, batch, key, cfg):
-    """Both networks, each with noise of its own; then their averages."""
+    """Both networks, each with its own noise; then their averages."""
     k_model, k_value = jax.random.split(key)
     model, info = descend(model_loss, state.model, state, batch, k_model, cfg)
     value, params = None, {"model": model.params}
@@ -350,14 +354,14 @@ def normalise(state, obs):
 
 
 def plan_features(obs, cfg):
-    """What plans are made of: all of an observation (..., D) but the goal's place."""
-    return obs[..., :4] if cfg.goal else obs  # D4RL's maze2d files have the goal in no column
+    """The part of an observation (..., D) that is planned: all but the goal's position."""
+    return obs[..., :4] if cfg.goal else obs  # D4RL's maze2d files have no column for the goal
 
 
 def minibatch(state, data, rows, cfg):
     """The windows of Steps that begin at those rows, cut at the episode's end.
 
-    With a goal, rows are moved to earlier ones, so that all windows are whole: their ends are used.
+    With a goal, rows are moved to earlier ones, so that every window is whole: its end is a goal.
     """
     if cfg.goal:
         time = data.time[rows]
@@ -398,7 +402,7 @@ class Plan(NamedTuple):
 def plan(state, known, key, cfg, old=None):
     """The best of `samples` trajectories for each of E episodes, (E, H, A + D).
 
-    known: first states (E, D), and last ones or None. old: plans to begin from, with a warm start.
+    known: first states (E, D), and last ones or None. old: plans that a warm start begins from.
     """
     copies = 1 if cfg.goal else cfg.samples
     known = jax.tree.map(lambda s: jnp.repeat(s, copies, 0), known)  # (E * copies, D)
@@ -442,7 +446,7 @@ def plan(state, known, key, cfg, old=None):
 def act(state, carry, obs, reward, key, cfg):
     """Actions (E, A) for obs (E, D): the plan's own; with a goal, those that track its states."""
     first, last = plan_features(normalise(state, obs), cfg), None
-    if cfg.goal:  # to rest at the goal
+    if cfg.goal:  # the plan ends at rest at the goal
         if obs.shape[-1] != 6:
             raise ValueError(f"Not x, y, vx, vy, goal x, goal y: observations {obs.shape}.")
         rest = jnp.zeros_like(obs).at[:, :2].set(obs[:, -2:])

@@ -1,7 +1,7 @@
 """Decision Transformer (DT). Chen et al. 2021, arXiv:2106.01345.
 
-Offline RL as a sequence model: a causal transformer reads the last K steps and predicts the action
-that led to the return asked for. No value, no bootstrapping.
+Offline RL as sequence modelling: a causal transformer reads the last K steps and predicts the
+action that led to the return asked for. No value function, no bootstrapping.
 
     tau     = (R_1, s_1, a_1, R_2, s_2, a_2, ...),   R_t = r_t + r_{t+1} + ... + r_T
     token   = LayerNorm(embed(R_t or s_t or a_t) + embed(t))
@@ -10,11 +10,13 @@ that led to the return asked for. No value, no bootstrapping.
 
 Run: python algorithms/dt.py --env halfcheetah-medium-v2 --targets 12000 6000
 
-As the authors' code: dropout on the embeddings, too; after step 1000 time stands still.
-Differs from it: all weights start from N(0, 0.02^2) as in GPT-2, there embeddings and
-head from PyTorch's; observations are divided by std + 1e-3, there 1e-6; the last block
-computes the state tokens alone, which predict the actions, and there are no heads for states and
-returns, which nothing trains; without --targets one return is asked for, there two, each apart.
+Like the authors' code: dropout on the embeddings too; time embeddings stop at step 1,000. Differs
+from the authors' code:
+- all weights start from N(0, 0.02^2) as in GPT-2 (embeddings and head as in PyTorch)
+- observations are divided by std + 1e-3 (1e-6)
+- the last block computes only the state tokens, which predict the actions (all tokens)
+- no heads for states and returns (present, but trained by no loss)
+- without --targets one return is asked for (two, each in turn)
 """
 
 import sys
@@ -36,7 +38,7 @@ from jax.extend.random import threefry_2x32
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
 
-# On D4RL's data, the larger of the two returns that the authors' code asks for one by one.
+# The larger of the two returns that the authors' code asks for on D4RL's data.
 TUNED = {
     f"{env}-{policy}-v2": dict(targets=(target,))
     for env, target in {"halfcheetah": 12000.0, "hopper": 3600.0, "walker2d": 5000.0}.items()
@@ -46,7 +48,7 @@ TUNED = {
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
@@ -61,17 +63,17 @@ class Config:
     lr: float = 1e-4  # AdamW
     normalize: bool = True  # standardise observations
     # --- DT ---
-    targets: tuple[float, ...] | None = None  # returns to ask for; None: TUNED, else data's best
-    rtg_scale: float = 1_000.0  # returns are divided by it
+    targets: tuple[float, ...] | None = None  # returns to ask for; default TUNED or data's best
+    rtg_scale: float = 1_000.0  # returns are divided by it, in (0, inf)
     context: int = 20  # K, the steps that the transformer sees
     layers: int = 3  # blocks of the transformer
     heads: int = 1  # of attention, a divisor of width
     width: int = 128  # of a token
-    dropout: float = 0.1  # of embeddings, attention and residuals, while training
-    max_time: int = 1_000  # time embeddings; later steps share the last
+    dropout: float = 0.1  # of embeddings, attention and residuals in training, in [0, 1)
+    max_time: int = 1_000  # time embeddings; later steps share the last one
     weight_decay: float = 1e-4  # of AdamW, on all parameters
-    clip: float = 0.25  # largest norm of the gradient
-    warmup: int = 10_000  # gradient steps in which the learning rate rises to lr
+    clip: float = 0.25  # largest norm of the gradient, in (0, inf]
+    warmup: int = 10_000  # gradient steps in which the learning rate rises to lr, in [0, inf)
 
 
 class Window(NamedTuple):
@@ -88,7 +90,7 @@ gpt2_dense = partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
 
 
 class Dropout(nn.Module):
-    """nn.Dropout with 16 random bits an element: its 64 are a fifth of an update on a CPU."""
+    """nn.Dropout with 16 random bits an element; the 64 of nn.Dropout cost a fifth of an update."""
 
     rate: float
 
@@ -96,7 +98,9 @@ class Dropout(nn.Module):
     def __call__(self, x, train):
         if not train:
             return x
-        key = jax.random.bits(self.make_rng("dropout"), (2,))  # asked for all, it hashes double
+        key = jax.random.bits(
+            self.make_rng("dropout"), (2,)
+        )  # drawing all bits here would hash twice
         bits = threefry_2x32(key, jnp.arange((x.size + 1) // 2, dtype=jnp.uint32))
         bits = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(-1)[: x.size]
         keep = bits.reshape(x.shape) >= round(2**16 * self.rate)
@@ -104,7 +108,7 @@ class Dropout(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP of GPT-2, each on a normalised input and added to the residual stream."""
+    """Attention and MLP of GPT-2, each on a normalised input, added to the residual stream."""
 
     heads: int
     dropout: float
@@ -119,7 +123,7 @@ class Block(nn.Module):
         if self.last:
             x, q, mask = x[:, 1::3], q[:, 1::3], mask[:, 1::3]
         score = jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(width / self.heads)
-        score = jnp.where(mask[:, None], score, -1e9)  # finite: padding sees nothing, and no NaN
+        score = jnp.where(mask[:, None], score, -1e9)  # finite: padding sees nothing, without NaN
         y = jnp.einsum("bhqk,bkhd->bqhd", drop(nn.softmax(score)), v).reshape(x.shape)
         x = x + drop(gpt2_dense(width)(y))
         y = nn.relu(gpt2_dense(4 * width)(nn.LayerNorm(1e-5)(x)))
@@ -159,7 +163,7 @@ class State:
 
 
 def empty(episodes, obs_dim, action_dim, cfg):
-    """Windows that hold nothing but padding."""
+    """Windows of padding alone."""
     shape = episodes, cfg.context
     return Window(
         obs=jnp.zeros((*shape, obs_dim)),
@@ -241,9 +245,9 @@ def train_chunk(state, data, key, step, cfg):
 
 
 def asked(targets, episodes):
-    """The return that each episode is asked for, (episodes,): in blocks, one after another."""
+    """The return asked for in each episode, (episodes,): the targets in blocks of equal size."""
     if not targets:
-        raise ValueError("DT acts towards a return: --targets must name at least one.")
+        raise ValueError("--targets: DT acts towards a return, so at least one is needed.")
     return np.float32(targets)[np.arange(episodes) * len(targets) // max(episodes, 1)]
 
 
@@ -257,7 +261,7 @@ def act(state, carry, obs, reward, key, cfg):
         carry = carry._replace(returns_to_go=carry.returns_to_go.at[:, -1].set(target))
     new = Window(
         obs=normalise(state, obs),
-        action=jnp.zeros_like(carry.action[:, -1]),  # not known yet, and not seen by its own state
+        action=jnp.zeros_like(carry.action[:, -1]),  # not known yet; its own state does not see it
         returns_to_go=carry.returns_to_go[:, -1] - reward / cfg.rtg_scale,
         time=carry.time[:, -1] + 1,
         mask=jnp.ones(len(obs), bool),

@@ -1,7 +1,7 @@
 """Implicit Q-Learning (IQL). Kostrikov, Nair, Levine 2021, arXiv:2110.06169.
 
-Learn the value of the best action *in the data* without asking Q about any other action: an upper
-expectile of Q(s, a) over the data's actions stands in for max_a Q(s, a).
+Learn the value of the best action *in the data* without evaluating Q at any other action: an upper
+expectile of Q(s, a) over the data's actions takes the place of max_a Q(s, a).
 
     L_V(psi)   = E[ |tau - 1(u < 0)| u^2 ],   u = Q_target(s, a) - V(s)          (5)
     L_Q(theta) = E[ (r + gamma V(s') - Q(s, a))^2 ]                              (6)
@@ -9,11 +9,13 @@ expectile of Q(s, a) over the data's actions stands in for max_a Q(s, a).
 
 Run: python algorithms/iql.py --env halfcheetah-medium-v2 --num-seeds 4
 
-As the authors' code, not the paper: Q_target is the smaller of two target critics, the exponential
-is clipped at 100, the policy learns against the new V. Differs from the authors' code: PyTorch's
-initialisation for an orthogonal one; observations are standardised; the data's own next_obs, so
-that rows at time limits count; actions of the data are not clipped. On Adroit and the kitchen
-theirs also has dropout of 0.1. Otherwise the updates are theirs (benchmarks/parity).
+The authors' code and this file, not the paper: Q_target is the smaller of two target critics, the
+exponential is clipped at 100, the policy is updated with the new V. Differs from the authors' code:
+- PyTorch's initialisation (orthogonal)
+- observations are standardised (raw)
+- the data's own next_obs, so rows at time limits count (dropped)
+- actions of the data are not clipped (to 1 - 1e-5)
+- no dropout on Adroit and Kitchen (0.1)
 """
 
 import sys
@@ -33,19 +35,19 @@ from flax.training.train_state import TrainState
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
 
-# The paper's values where they depend on the data; the longest name that fits, see Config.
+# Values that depend on the dataset, as in the paper; the longest matching name wins.
 TUNED = {
     "default": dict(tau=0.7, beta=3.0, scale_reward=True, shift_reward=0.0),
     "antmaze": dict(tau=0.9, beta=10.0, scale_reward=False, shift_reward=-1.0),
     **dict.fromkeys(
-        ("pen-", "door", "hammer", "relocate", "kitchen"), dict(beta=0.5, scale_reward=False)
+        ("pen", "door", "hammer", "relocate", "kitchen"), dict(beta=0.5, scale_reward=False)
     ),
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
@@ -64,16 +66,16 @@ class Config:
     normalize: bool = True  # standardise observations
     # --- IQL ---
     lr_decay: bool = True  # let the actor's learning rate fall to 0 by a cosine
-    tau: float | None = None  # expectile, Eq. (5); None: TUNED, else 0.7
-    beta: float | None = None  # inverse temperature, Eq. (7); None: TUNED, else 3
-    max_weight: float = 100.0  # clip of the exponential in Eq. (7)
-    scale_reward: bool | None = None  # x 1000 / (best - worst return); None: TUNED, else on
-    shift_reward: float | None = None  # added to every reward; None: TUNED, else 0
+    tau: float | None = None  # expectile, Eq. (5); default 0.7, antmaze 0.9, in (0, 1)
+    beta: float | None = None  # inverse temperature, Eq. (7); default 3, antmaze 10, in [0, inf)
+    max_weight: float = 100.0  # clip of the exponential in Eq. (7), in (0, inf]
+    scale_reward: bool | None = None  # by 1000 / (best - worst return); default on, antmaze off
+    shift_reward: float | None = None  # added to every reward; default 0, antmaze -1
 
 
 class Dense(nn.Module):
-    """x W^T + b, as PyTorch has it: its initialisation, and W (out, in), which spares a CPU the
-    transposing of W's gradients."""
+    """x W^T + b with PyTorch's initialisation; W is (out, in), so that a CPU need not transpose its
+    gradient."""
 
     width: int
 
@@ -161,7 +163,7 @@ def init(key, data, cfg):
     )
 
 
-# A loss differentiates its first argument; everything in `state` is a constant to it.
+# A loss is differentiated by its first argument; everything in `state` is a constant.
 
 
 def advantage(v_params, state, batch):
