@@ -55,7 +55,7 @@ class Config:
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 1_000_000  # gradient steps
-    log_every: int = 1_000  # gradient steps of one compiled chunk, between two lines of the log
+    log_every: int = 1_000  # gradient steps of a compiled chunk and between rows of metrics.csv
     eval_every: int = 10_000  # gradient steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation and seed
     out: str = "runs"  # where run folders go

@@ -53,7 +53,7 @@ class Config:
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 100_000  # gradient steps
-    log_every: int = 1_000  # gradient steps of one compiled chunk, between two lines of the log
+    log_every: int = 1_000  # gradient steps of a compiled chunk and between rows of metrics.csv
     eval_every: int = 5_000  # gradient steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation and seed
     out: str = "runs"  # where run folders go
@@ -100,7 +100,7 @@ class Dropout(nn.Module):
             return x
         key = jax.random.bits(
             self.make_rng("dropout"), (2,)
-        )  # drawing all bits here would hash twice
+        )  # all bits here would hash twice
         bits = threefry_2x32(key, jnp.arange((x.size + 1) // 2, dtype=jnp.uint32))
         bits = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(-1)[: x.size]
         keep = bits.reshape(x.shape) >= round(2**16 * self.rate)
