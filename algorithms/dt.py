@@ -98,9 +98,7 @@ class Dropout(nn.Module):
     def __call__(self, x, train):
         if not train:
             return x
-        key = jax.random.bits(
-            self.make_rng("dropout"), (2,)
-        )  # all bits here would hash twice
+        key = jax.random.bits(self.make_rng("dropout"), (2,))  # all bits here would hash twice
         bits = threefry_2x32(key, jnp.arange((x.size + 1) // 2, dtype=jnp.uint32))
         bits = jax.lax.bitcast_convert_type(bits, jnp.uint16).reshape(-1)[: x.size]
         keep = bits.reshape(x.shape) >= round(2**16 * self.rate)

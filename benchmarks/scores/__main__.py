@@ -11,6 +11,11 @@ to <out>/logs. On a cluster whose machines share this folder and --out:
 
     python -m benchmarks.scores --seeds-per-run 1 --slurm grid.sh && sbatch grid.sh
     python -m benchmarks.scores --seeds-per-run 1 --ray auto      # needs pip install ray
+
+A machine without a shared folder does its part in pieces, and the results are added to the others:
+
+    python -m benchmarks.scores --algorithms cql --time-limit 540 --pack cql.tar.gz
+    python -m benchmarks.scores --merge cql.tar.gz
 """
 
 import dataclasses
@@ -25,6 +30,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -39,14 +45,13 @@ from common import experiment
 ROOT = Path(__file__).resolve().parents[2]
 
 BUDGETS = {  # each algorithm's flags
-    "short": {  # three seeds on three datasets: a night of two CPU cores
+    "short": {  # three seeds on three datasets, two nights of two CPU cores; critics have settled
         "bc": "--num-updates 50000 --eval-every 5000",
         "10%bc": "--fraction 0.1 --num-updates 50000 --eval-every 5000",
-        "awac": "--num-updates 50000 --eval-every 5000",
-        "iql": "--num-updates 50000 --eval-every 5000",
-        "cql": "--num-updates 20000 --eval-every 2000",
-        "combo": "--num-updates 20000 --eval-every 1000 --max-epochs 25 --actor-lr 3e-4"
-        " --rho model --widths 256 256",  # as `make run`
+        "awac": "--num-updates 100000 --eval-every 5000",
+        "iql": "--num-updates 100000 --eval-every 5000",
+        "cql": "--num-updates 100000 --eval-every 5000 --num-actions 1",
+        "combo": "--num-updates 100000 --eval-every 5000 --widths 256 256 --max-epochs 100",
         "dt": "--num-updates 5000 --eval-every 1000 --warmup 1000",
         "diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
         " --plan-every 2 --ddim-steps 5 --samples 16 --eval-episodes 5",  # a cheap planner
@@ -72,6 +77,9 @@ class Config:
     out: str = "runs"  # where run folders go, and are looked for
     results: str = str(ROOT / "benchmarks/results")  # where report.py looks for runs
     jobs: int = 0  # runs at once; 0: one for every two CPU cores, on a GPU one
+    time_limit: int = 0  # seconds until all runs save and stop, to be resumed; 0: none
+    pack: str = ""  # then write the finished cells' results to this .tar.gz file
+    merge: tuple[str, ...] = ()  # add the results in these files, packed elsewhere, no more
     dry_run: bool = False  # print the commands and what is done, no more
     cell: int | None = None  # run this one alone; the first is 0
     slurm: str = ""  # write a job script, one task a cell, to this file, no more
@@ -206,8 +214,12 @@ def work(cells, cfg):
 
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, stop)
+    alarm = threading.Timer(cfg.time_limit, stop)
+    if cfg.time_limit:
+        alarm.start()
     with ThreadPoolExecutor(cfg.jobs or fitting()) as pool:
         states = list(pool.map(lambda cell: run(cell, cfg, children, stops), cells))
+    alarm.cancel()
     for number, handler in before.items():
         signal.signal(number, handler)
     return states
@@ -221,8 +233,12 @@ def fitting():
 
 
 def main(cfg: Config):
-    if min(cfg.num_seeds - 1, cfg.seeds_per_run, cfg.updates, cfg.jobs) < 0:
+    if min(cfg.num_seeds - 1, cfg.seeds_per_run, cfg.updates, cfg.jobs, cfg.time_limit) < 0:
         raise SystemExit("--num-seeds must be at least 1, the other numbers at least 0.")
+    if cfg.merge:
+        for archive in cfg.merge:
+            print(f"{archive}: {runs.unpack(archive, Path(cfg.results))} results added")
+        return
     cells, out = grid(cfg), Path(cfg.out).expanduser().resolve()
     if cfg.cell is not None:
         if not 0 <= cfg.cell < len(cells):
@@ -239,6 +255,9 @@ def main(cfg: Config):
         cluster.slurm(cfg, len(cells))
     else:
         states = cluster.on_ray(cfg, len(cells)) if cfg.ray else work(cells, cfg)
+        if cfg.pack:
+            folders = [folder for state, folder in (find(cell, out) for cell in cells) if folder]
+            print(f"{cfg.pack}: {runs.pack(folders, cfg.pack)} results")
         failed = [cell.name for cell, x in zip(cells, states, strict=True) if x == "failed"]
         if failed:
             print(f"{len(failed)} of {len(cells)} failed: {' '.join(failed)}")

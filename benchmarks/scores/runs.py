@@ -1,9 +1,12 @@
 """Finished runs, collected from their folders; named, merged and chosen for tables and figures."""
 
 import csv
+import io
 import json
 import re
+import tarfile
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +22,10 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "diffuser": "Diffuser",
 }
 STANDARD = tuple(NAMES.values())
-HOW_LONG = "env env-id out seed num-seeds num-updates eval-every eval-episodes save-every".split()
-SHORT = {  # flags of the short budget (scores.py) and of its forerunners
-    "combo": "max-epochs actor-lr rho widths".split(),
+HOW_LONG = "env env-id out seed num-seeds num-updates log-every eval-every eval-episodes save-every".split()
+SHORT = {  # flags of the short budget, see __main__
+    "cql": ["num-actions"],
+    "combo": "num-actions max-epochs widths".split(),
     "dt": ["warmup"],
     "diffuser": "batch-size lr plan-every ddim-steps samples".split(),
 }
@@ -46,12 +50,55 @@ def origin(folder):
 def add(folder, results):
     """Writes the run's JSON below `results`: its Path."""
     run = collect(folder)
-    parts = run["algorithm"], run["dataset"].replace("/", "-"), folder.resolve().name
-    path = results / "runs" / ("-".join(parts) + ".json")
+    path = results / "runs" / file_name(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in run.items()]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+    path.write_text(text(run), "utf-8")
     return path
+
+
+def file_name(run):
+    """Where a collected run's JSON is kept below results/runs."""
+    return "-".join([run["algorithm"], run["dataset"].replace("/", "-"), run["folder"]]) + ".json"
+
+
+def text(run):
+    """A collected run as JSON, a line for each key."""
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in run.items()]
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def pack(folders, archive):
+    """Writes the JSONs of these run folders, those that have finished, to a .tar.gz: how many."""
+    count = 0
+    with tarfile.open(archive, "w:gz") as tar:
+        for folder in folders:
+            with suppress(SystemExit):  # not finished
+                raw = text(run := collect(folder)).encode()
+                info = tarfile.TarInfo(file_name(run))
+                info.size = len(raw)
+                tar.addfile(info, io.BytesIO(raw))
+                count += 1
+    return count
+
+
+def unpack(archive, results):
+    """Adds the JSONs of a .tar.gz that `pack` wrote to results/runs: how many.
+
+    Only plain files are read, and only what parses as a run is written, under its own name.
+    """
+    count = 0
+    with tarfile.open(archive, "r:gz") as tar:
+        for member in tar:
+            if not member.isfile() or not re.fullmatch(r"[\w.-]+\.json", member.name):
+                raise SystemExit(f"{archive}: {member.name!r} is not the name of a result.")
+            run = json.loads(tar.extractfile(member).read().decode())
+            if member.name != file_name(run):
+                raise SystemExit(f"{archive}: {member.name!r} does not hold the run that it names.")
+            path = results / "runs" / member.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text(run), "utf-8")
+            count += 1
+    return count
 
 
 def collect(folder):
@@ -70,6 +117,7 @@ def collect(folder):
     made = dataset["metadata"].get("stillwater", {})
     return {
         "algorithm": info["algorithm"],
+        "folder": folder.resolve().name,
         "dataset": dataset["name"],
         "env_id": dataset["env_id"],
         "command": command(info),
