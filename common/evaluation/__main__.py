@@ -9,19 +9,25 @@ import numpy as np
 import tyro
 
 from common import evaluation
+from common.evaluation import export as exports
 from common.evaluation import video as films
 
 
 def main(
-    run: tyro.conf.Positional[Path], video: Path | None = None, episodes: int = 0, seed: int = 0
+    run: tyro.conf.Positional[Path],
+    video: Path | None = None,
+    export: Path | None = None,
+    episodes: int = 0,
+    seed: int = 0,
 ):
-    """Score a trained run's last checkpoint, every seed, as its training did; or film one seed.
+    """Score a run's last checkpoint, every seed, as its training did; or film or export one seed.
 
     Args:
         run: run folder
         video: film to write instead of scoring, .mp4 or .gif
+        export: file to write the policy to: .npz for NumPy alone, .stablehlo for any JAX
         episodes: number of episodes; 0: as many as in training, one for a film
-        seed: which of the run's seeds to film, counted from 0
+        seed: which of the run's seeds to film or export, counted from 0
     """
     if video:
         films.choose_renderer()
@@ -32,6 +38,12 @@ def main(
         raise evaluation.EvaluationError(
             f"--seed {seed}: {run} holds seeds 0 to {cfg.num_seeds - 1}, counted from 0."
         )
+    if export:
+        one = jax.tree.map(lambda x: x[seed], state)
+        obs_dim = json.loads((run / "config.json").read_text())["dims"][1]
+        path = exports.export(export, jax.jit(module.policy(cfg)), one, env_id, obs_dim)
+        print(f"{path}: the policy of seed {cfg.seed + seed}")
+        return
     act = jax.jit(jax.vmap(module.policy(cfg), (0, 0, 0, 0, None)))
     if video:
         act = functools.partial(act, jax.tree.map(lambda x: x[seed : seed + 1], state))
