@@ -1,7 +1,7 @@
-"""A training state on disk: msgpack with its hash, no pickle, never half-written.
+"""Training states on disk: msgpack with a hash, no pickle, never half-written.
 
 `checkpoint/` holds `state.msgpack` (flax.serialization; {"step", "state"}) and `checkpoint.json`
-({"step", "sha256", "bytes"}); `checkpoint.old/` the one before it.
+({"step", "sha256", "bytes"}). `checkpoint.old/` holds the checkpoint before it.
 """
 
 import hashlib
@@ -22,7 +22,10 @@ class RunError(SystemExit):
 
 
 def write(path, content):
-    """Text or bytes, whole or not at all: under another name, flushed to the disk, renamed."""
+    """Writes text or bytes to a temporary name, flushes them to the disk and renames the file.
+
+    A reader sees the old or the new content, never a part of it. Raises OSError.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.write(content if isinstance(content, bytes) else content.encode())
@@ -33,9 +36,9 @@ def write(path, content):
 
 @contextmanager
 def lock(folder):
-    """Keeps other processes from training in a run folder; RunError where one already does.
+    """Keeps other processes from training in a run folder. Raises RunError if one already does.
 
-    Does nothing where the file system has no such locks.
+    Does nothing on a file system without locks.
     """
     try:
         import fcntl
@@ -49,7 +52,7 @@ def lock(folder):
         os.close(place)
         raise RunError(f"Another process is training in {folder}.") from None
     except OSError:
-        pass  # no locks here
+        pass  # this file system has no locks
     try:
         yield
     finally:
@@ -57,9 +60,11 @@ def lock(folder):
 
 
 def save(folder, step, state):
-    """checkpoint.tmp -> checkpoint -> checkpoint.old: one of them is complete at any instant.
+    """Writes a checkpoint and keeps the one before it.
 
-    state: a pytree of arrays (typed PRNG keys excepted). Raises OSError, the last one then stands.
+    checkpoint.tmp becomes checkpoint, which becomes checkpoint.old: at any instant one of them is
+    complete. state: a pytree of arrays, without typed PRNG keys. Raises OSError, which leaves the
+    last checkpoint in place.
     """
     new, now, old = (folder / f"checkpoint{suffix}" for suffix in (".tmp", "", ".old"))
     tree = {"step": step, "state": serialization.to_state_dict(jax.device_get(state))}
@@ -70,7 +75,7 @@ def save(folder, step, state):
         new.mkdir()
         write(new / "state.msgpack", raw)
         write(new / "checkpoint.json", json.dumps(note))
-        if now.exists():  # else `old` may be the only whole one
+        if now.exists():  # else `old` may be the only intact one
             shutil.rmtree(old, ignore_errors=True)
             now.rename(old)
         new.rename(now)
@@ -79,10 +84,11 @@ def save(folder, step, state):
 
 
 def read(folder, keep_damaged=False):
-    """(step, state dict) of the newest whole checkpoint; (0, None) where none was ever written.
+    """(step, state dict) of the newest intact checkpoint; (0, None) if none was ever written.
 
-    A damaged one is reported on stderr, the one before it read; RunError where none is whole.
-    keep_damaged: rename it `checkpoint.damaged`, lest `save` keep it as a whole one.
+    If the newest one is damaged, stderr says so and the one before it is read. keep_damaged: rename
+    a damaged one to `checkpoint.damaged`, so that `save` does not keep it as `checkpoint.old`.
+    Raises RunError if all are damaged.
     """
     damaged = []
     for path in filter(Path.exists, (folder / "checkpoint", folder / "checkpoint.old")):
@@ -92,29 +98,29 @@ def read(folder, keep_damaged=False):
             if (size := note["bytes"]) != len(raw):
                 raise ValueError(f"state.msgpack has {len(raw)} bytes instead of {size}")
             if note["sha256"] != hashlib.sha256(raw).hexdigest():
-                raise ValueError("state.msgpack has another SHA-256 than checkpoint.json says")
+                raise ValueError("state.msgpack does not have the SHA-256 in checkpoint.json")
             tree = serialization.msgpack_restore(raw)
             step, state = tree["step"], tree["state"]
             if step != note["step"]:
-                raise ValueError(f"checkpoint.json says step {note['step']} for {step}")
+                raise ValueError(f"checkpoint.json says step {note['step']}, the state is {step}")
         except (OSError, ValueError, KeyError, TypeError) as error:
             damaged.append(f"{path} is damaged: {error}.")
             continue
         for line in damaged:
-            print(f"{line} Taking {path.name}, step {step:,}.", file=sys.stderr)
+            print(f"{line} Using {path.name}, step {step:,}.", file=sys.stderr)
         if damaged and keep_damaged:
             shutil.rmtree(folder / "checkpoint.damaged", ignore_errors=True)
             (folder / "checkpoint").rename(folder / "checkpoint.damaged")
         return step, state
     if damaged:
-        raise RunError("\n".join([*damaged, f"No whole checkpoint is left in {folder}."]))
+        raise RunError("\n".join([*damaged, f"No intact checkpoint is left in {folder}."]))
     return 0, None
 
 
 def fill(template, saved):
-    """`template`, a pytree of arrays or shapes, with the contents of a state dict, as jax arrays.
+    """`template`, a pytree of arrays or shapes, filled from a state dict with jax arrays.
 
-    RunError names the leaf whose shape or dtype differs.
+    Raises RunError, which names the leaf whose shape or dtype differs.
     """
 
     def place(key, like, x):

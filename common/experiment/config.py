@@ -1,21 +1,16 @@
-"""Config of a run: filled, checked, stored as JSON and read again. Knows no algorithm."""
+"""The config of a run: filled from TUNED, checked, or taken from a resumed run."""
 
 import dataclasses
-import functools
-import importlib.util
 import inspect
-import json
 import math
 import os
 import re
 import sys
-import types
-import typing
 from contextlib import suppress
 from pathlib import Path
 
+from common.experiment import folders
 from common.experiment.checkpoint import RunError
-from common.experiment.runtime import PROJECT
 
 INT32 = 2**31 - 1
 SHARED = {  # ranges of the fields that all algorithms share
@@ -31,25 +26,25 @@ WORDS = {"[": "at least", "(": "above", "]": "at most", ")": "below"}
 
 
 def resolve(cfg, tuned=None, dataset=None):
-    """The config to run: `cfg` filled and checked, or the one stored in the folder `cfg.resume`.
+    """The config to run: `cfg` filled and checked, or the config stored in the folder `cfg.resume`.
 
-    tuned: {words of a dataset's name: {field: value}} fills fields that are None; of the keys that
-    are whole words of a known name the longest wins, then "default". dataset: what is trained on,
-    if it is loaded; `cfg.env` becomes its name.
+    tuned: {key: {field: value}} fills the fields that are None. A key applies if the dataset has a
+    known name (not a path) and the key consists of whole words of it; the longest such key wins,
+    then the key "default". dataset: the Dataset to train on; its name becomes `cfg.env`, and the
+    values that come from a key other than "default" are printed.
 
-    Ranges: a comment that ends in `in [0, 1)` declares its field's range. Otherwise an int is at
-    least 1, or 0 if that is its default, and at most 16,384 where the default is a small number; a
-    float is finite, and negative only where the default is. SHARED has those of the shared fields.
+    Ranges: a comment that ends in `in [0, 1)` declares its field's range. Without one an int is at
+    least 1 (0 if its default is 0) and at most 16,384 if its default is a small number; a float is
+    finite, and negative only if its default is. SHARED has the ranges of the shared fields.
 
-    Raises RunError for an impossible value, for one that contradicts the dataset, and for a flag
+    Raises RunError for a value out of range, for one that contradicts the dataset, and for a flag
     that conflicts with the stored config (`resume`, `out` and `wandb` may differ).
     """
     cfg = _resumed(cfg) if cfg.resume else cfg
     if dataset is not None:
         cfg = dataclasses.replace(cfg, env=dataset.name)
         _agree(cfg, dataset)
-    values = _tuned(tuned or {}, cfg.env)
-    cfg = dataclasses.replace(cfg, **{k: v for k, v in values.items() if getattr(cfg, k) is None})
+    cfg = _filled(cfg, tuned or {}, told=dataset is not None)
     where = f"{cfg.resume}/config.json: " if cfg.resume else ""  # nobody typed it
     comments = _comments(type(cfg))
     for field in dataclasses.fields(cfg):
@@ -59,25 +54,33 @@ def resolve(cfg, tuned=None, dataset=None):
         raise RunError(f"--seed {cfg.seed}: the last seed must be 2,147,483,647 or less.")
     total, every = cfg.num_updates, min(cfg.eval_every, cfg.num_updates)
     if total % every:
-        near = f"{total // every * every} and {(total // every + 1) * every} are the nearest"
-        raise RunError(f"--num-updates {total} is no multiple of --eval-every {every}: {near}.")
+        near = f"the nearest are {total // every * every} and {(total // every + 1) * every}"
+        rule = f"must be a multiple of --eval-every {every}"
+        raise RunError(f"--num-updates {total}: {rule}; {near}.")
     log_every = next(n for n in range(min(cfg.log_every, every), 0, -1) if every % n == 0)
     return dataclasses.replace(cfg, eval_every=every, log_every=log_every)
 
 
-def _tuned(tuned, name):
-    """{field: value} for a dataset; a path to a user's own file has nothing but the defaults."""
-    known = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name, re.ASCII)
-    words = "-" + re.sub("[^a-z0-9]+", "-", name.lower()) + "-"
+def _filled(cfg, tuned, told):
+    """`cfg` with TUNED's values for its dataset. told: print those that the name decides."""
+    known = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", cfg.env, re.ASCII)
+    words = "-" + re.sub("[^a-z0-9]+", "-", cfg.env.lower()) + "-"
     keys = [key for key in tuned if known and f"-{key}-" in words]
-    values = {}
+    chosen = {}  # {field: key}
     for key in ["default", *sorted(keys, key=len)]:
-        values |= tuned.get(key, {})
-    return values
+        chosen |= dict.fromkeys(tuned.get(key, {}), key)
+    empty = {name: tuned[key][name] for name, key in chosen.items() if getattr(cfg, name) is None}
+    cfg = dataclasses.replace(cfg, **empty)
+    for key in keys if told else []:
+        taken = {name: x for name, x in tuned[key].items() if chosen[name] == key}
+        taken = {name: x for name, x in taken.items() if getattr(cfg, name) == x}
+        if taken:
+            print("Tuned values:", ", ".join(f"{k} {x}" for k, x in taken.items()), f"({key})")
+    return cfg
 
 
 def _comments(kind):
-    """{field: comment} of a Config's source; {} where there is none to read."""
+    """{field: comment} in a Config's source; {} if the source cannot be read."""
     with suppress(OSError, TypeError):
         lines = re.findall(r"^ +(\w+): .*#(.*)$", inspect.getsource(kind), re.MULTILINE)
         return dict(lines)
@@ -85,7 +88,7 @@ def _comments(kind):
 
 
 def _range(field, comment):
-    """(words, test of a number) of what a field may be."""
+    """(the range in words, a test of a number) for a field."""
     if declared := re.search(r"in ([\[(])(\S+), (\S+)([])])$", comment.strip()):
         left, low, high, right = declared.groups()
         above = (lambda x: x >= float(low)) if left == "[" else (lambda x: x > float(low))
@@ -107,7 +110,7 @@ def _range(field, comment):
 
 
 def _check(name, value, rule, good):
-    """RunError unless `value`, or each number in it, is good; others than numbers pass."""
+    """Raises RunError unless `value`, or each number in a tuple, is good; non-numbers pass."""
     if isinstance(value, tuple):
         if not value:
             raise RunError(f"{name}: needs at least one value.")
@@ -118,89 +121,30 @@ def _check(name, value, rule, good):
 
 
 def _agree(cfg, dataset):
-    """RunError where a config contradicts its Dataset."""
+    """Raises RunError if a config contradicts its Dataset."""
     if cfg.eval_episodes and not dataset.env_id:
         how = "name one with --env-id, or train unscored with --eval-episodes 0"
-        raise RunError(f"{dataset.name} has no environment to be scored on: {how}.")
+        raise RunError(f"{dataset.name} has no environment to score on: {how}.")
     if cfg.batch_size > (rows := len(dataset.obs)):
         why = f"{dataset.name} has only {rows:,} transitions"
         raise RunError(f"--batch-size {cfg.batch_size}: {why}. Choose a smaller one.")
 
 
 def _resumed(cfg):
-    folder = Path(os.path.expanduser(cfg.resume)).resolve()  # ~nobody stays as it is
-    info = read(folder)
-    if info["algorithm"] != algorithm(cfg):
-        raise RunError(f"{folder} is a run of {info['algorithm']}, not of {algorithm(cfg)}.")
-    stored = build(type(cfg), info["config"], folder)
+    """The config stored in `cfg.resume`. Raises RunError for a flag that conflicts with it."""
+    path = Path(os.path.expanduser(cfg.resume)).resolve()  # ~nobody stays as it is
+    info, algorithm = folders.read(path), folders.algorithm(cfg)
+    if info["algorithm"] != algorithm:
+        raise RunError(f"{path} is a run of {info['algorithm']}, not of {algorithm}.")
+    stored = folders.build(type(cfg), info["config"], path)
     typed = {word.split("=")[0].strip("-").replace("-", "_") for word in sys.argv[1:]}
     for field in dataclasses.fields(cfg):
         name, value, own = field.name, getattr(cfg, field.name), getattr(stored, field.name)
         asked = value != field.default or {name, "no_" + name} & typed
         if asked and value != own and name not in ("resume", "out", "wandb"):
             raise RunError(f"{_flag(name)} {value} conflicts with the resumed run's {own}.")
-    return dataclasses.replace(stored, resume=str(folder), wandb=cfg.wandb)
+    return dataclasses.replace(stored, resume=str(path), wandb=cfg.wandb)
 
 
 def _flag(name):
     return "--" + name.replace("_", "-")
-
-
-def read(folder):
-    """The config.json of a run folder, a dict; `dims` are N rows, D and A."""
-    path = folder / "config.json"
-    try:
-        info = json.loads(path.read_text("utf-8"))
-        values = [info[name] for name in ("algorithm", "config", "dataset")] + info["dims"]
-    except OSError as error:
-        raise RunError(f"{folder} is no run folder: {path.name}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged: {error!r}.") from None
-    if list(map(type, values)) != [str, dict, dict, int, int, int]:
-        raise RunError(f"{path} is damaged: a value in it has the wrong type.")
-    return info
-
-
-def build(kind, values, folder):
-    """The dataclass `kind` from JSON, exactly as it was: lists were tuples."""
-
-    def tuples(value):
-        return tuple(map(tuples, value)) if isinstance(value, list) else value
-
-    unknown = ", ".join(values.keys() - {field.name for field in dataclasses.fields(kind)})
-    if unknown:
-        raise RunError(f"{folder / 'config.json'} has options unknown to this program: {unknown}.")
-    values = {name: tuples(value) for name, value in values.items()}
-    for field in dataclasses.fields(kind):
-        if not _is(value := values.get(field.name, field.default), field.type):
-            raise RunError(f"{folder / 'config.json'} is damaged: {field.name} is {value!r}.")
-    return kind(**values)
-
-
-def _is(value, kind):
-    """Whether a value is of a field's type; an int will do for a float."""
-    inner = typing.get_args(kind)
-    if typing.get_origin(kind) is typing.Literal:
-        return value in inner
-    if isinstance(kind, types.UnionType):
-        return any(_is(value, one) for one in inner)
-    if inner:  # tuple[kind, ...]
-        return isinstance(value, tuple) and all(_is(one, inner[0]) for one in value)
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def algorithm(cfg):
-    """Name of the file that defines the config's class."""
-    return Path(inspect.getfile(type(cfg))).stem
-
-
-@functools.cache
-def module(name):
-    """algorithms/<name>.py, imported: the only code ever executed for a run folder."""
-    path = PROJECT / "algorithms" / f"{name}.py"
-    if not (name.isidentifier() and path.is_file()):
-        raise RunError(f"There is no algorithm {name!r} in {path.parent}.")
-    spec = importlib.util.spec_from_file_location(f"algorithms.{name}", path)
-    sys.modules[spec.name] = found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found

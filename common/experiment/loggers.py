@@ -1,4 +1,4 @@
-"""Metrics for TensorBoard, and for Weights & Biases when asked."""
+"""Metrics for TensorBoard and, if asked for, Weights & Biases."""
 
 import time
 from math import isfinite
@@ -7,9 +7,10 @@ from common.experiment.checkpoint import RunError
 
 
 class Loggers:
-    """Writes to `<folder>/tensorboard/s<seed>/`: a run for each seed, drawn in one plot.
+    """Writes `<folder>/tensorboard/s<seed>/`, one TensorBoard run for each seed.
 
-    wandb: a config (dict) to log to Weights & Biases too, under the project "stillwater"; or None.
+    folder: Path. seeds: (S,) int. wandb: a config (dict) to log to Weights & Biases as well, in the
+    project "stillwater"; or None. Raises RunError if the package of wandb is missing.
     """
 
     def __init__(self, folder, seeds, wandb=None):
@@ -18,13 +19,13 @@ class Loggers:
             try:
                 from wandb import init
             except ImportError:
-                raise RunError("--wandb needs its package: pip install wandb") from None
+                raise RunError("--wandb needs a package: pip install wandb") from None
             name = "-".join(folder.parts[-3:])  # algorithm, dataset, time and seed
             options = {"project": "stillwater", "name": name, "id": name, "resume": "allow"}
             self.wandb = init(dir=str(folder), config=wandb, **options)
 
     def write(self, step, columns):
-        """columns: {name: (S,)}; a value that is not finite leaves a gap."""
+        """Logs the columns {name: (S,)} of one step; a value that is not finite leaves a gap."""
         from tensorboardX.event_file_writer import EventsWriter  # no thread, unlike SummaryWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar
@@ -34,7 +35,7 @@ class Loggers:
             for folder in folders:
                 folder.mkdir(parents=True, exist_ok=True)
             self.writers = [EventsWriter(str(folder / "events")) for folder in folders]
-            start = SessionLog(status=SessionLog.START)  # hides what a killed process wrote later
+            start = SessionLog(status=SessionLog.START)  # hides later steps of a killed process
             for writer in self.writers:
                 writer.write_event(Event(wall_time=time.time(), step=step, session_log=start))
         for i, (seed, writer) in enumerate(zip(self.seeds, self.writers, strict=True)):
@@ -47,7 +48,7 @@ class Loggers:
                 self.wandb.log({f"s{seed}/{name}": x for name, x in values.items()}, step=step)
 
     def close(self):
-        """Complete the files; end the run at W&B."""
+        """Completes the files and ends the run at W&B."""
         for writer in self.writers or []:
             writer.close()
         if self.wandb:

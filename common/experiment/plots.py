@@ -4,10 +4,10 @@ import numpy as np
 
 
 def plot(path, title, columns, levels):
-    """PNG: score (or return) against updates, and below it every metric whose name starts with q.
+    """Writes a PNG: the score (or return) by updates, and below it all metrics that start with q.
 
-    columns: {name: (T, S)} as in metrics.csv, `step` among them. levels: {label: return or score}
-    to mark. Thin lines are seeds, the thick one their mean, the band from the worst to the best.
+    columns: {name: (T, S)} as in metrics.csv, `step` among them. levels: {label: score or return}
+    of dashed lines. Thin lines are seeds, the thick line is their mean, the band their range.
     """
     import matplotlib
 

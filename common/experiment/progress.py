@@ -1,52 +1,72 @@
-"""What a run shows on the terminal: a progress bar, or plain lines where there is no terminal."""
+"""What a run shows on the terminal: a progress bar, or plain lines without a terminal."""
 
+import time
 from datetime import timedelta
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+QUIET = 60.0  # seconds without a line, in a log that is not a terminal
 
 
 class Display:
-    """A bar with updates per second, time left, the newest losses and the newest outcome."""
+    """Shows the step, updates per second, the time left, the newest losses and the newest score.
 
-    def __init__(self):
-        self.console = Console()
-        columns = TextColumn("{task.description}"), BarColumn(24), TaskProgressColumn()
-        columns += (TextColumn("{task.fields[news]}"),)
-        self._bar = Progress(*columns, console=self.console, transient=True)
-        self._task = None
+    On a terminal these are a bar and a line below it, both gone when the run ends.
+    """
+
+    def __init__(self, console=None):
+        self.console = console or Console()
+        columns = TextColumn("{task.description}"), BarColumn(20), TaskProgressColumn()
+        self._bar = Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[rate]}"))
+        self._news, self._first, self._printed = "", None, 0.0
+        self._live = Live(get_renderable=self._render, console=self.console, transient=True)
+
+    def _render(self):
+        news = Text(self._news, no_wrap=True, overflow="ellipsis")
+        return Group(self._bar.get_renderable(), news)
 
     def log(self, line):
-        """Print a line, above the bar where there is one."""
+        """Prints a line, above the bar if one is shown."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def start(self, step, total):
-        """Show the bar; the first chunk includes compiling."""
-        text = f"Compiling, then updates {step + 1:,} to {total:,} ..."
+        """Shows the bar; it pulses until the first chunk, which includes compilation, is done."""
+        self._total, self._printed = total, time.monotonic()
+        self._news = "compiling the first chunk ..."
         if self.console.is_terminal:
-            self._bar.start()
-            self._task = self._bar.add_task("updates", total=total, completed=step, news=text)
+            self._task = self._bar.add_task(f"{step:,}/{total:,}", total=None, rate="")
+            self._live.start()
         else:
-            self.log(text)
+            self.log(f"Updates {step + 1:,} to {total:,}, {self._news}")
 
     def stop(self):
-        """Take the bar away."""
-        if self._task is not None:
-            self._bar.stop()
+        """Removes the bar."""
+        self._live.stop()
 
-    def update(self, step, total, speed, compiling, metrics, outcome, evaluated):
-        """After a chunk: the bar moves; a line is printed where an evaluation has come.
+    def update(self, step, speed, metrics, outcome, evaluated):
+        """Moves the bar after a chunk; prints a line after an evaluation.
 
-        speed: updates per second; metrics: {name: mean over seeds}; outcome: words for the newest
-        evaluation, "" before the first.
+        speed: updates per second. metrics: {name: mean over seeds}. outcome: the newest evaluation
+        in words, "" before the first.
         """
-        left = timedelta(seconds=round((total - step) / speed))
-        rate = f"{speed:,.0f} updates/s{' (with compiling)' if compiling else ''}  {left} left"
+        now = time.monotonic()
+        if compiled := self._first is not None:
+            first, began = self._first
+            left = (self._total - step) * (now - began) / (step - first)
+        else:  # compilation makes the first chunk slow
+            self._first, left = (step, now), (self._total - step) / speed
+        rate = f"{speed:,.0f} updates/s{'' if compiled else ' (with compiling)'}"
+        rate += f"  {timedelta(seconds=round(left))} left"
         losses = "  ".join(f"{name} {x:.3g}" for name, x in metrics.items() if "loss" in name)
-        if self._task is not None:
-            done = f"{step:,}/{total:,}"
-            news = "  ".join(filter(None, [rate, outcome, losses]))
-            self._bar.update(self._task, completed=step, description=done, news=news)
-        if evaluated:
-            line = f"{step:{len(f'{total:,}')},}/{total:,}  {step / total:4.0%}  {rate}"
-            self.log("  ".join(filter(None, [line, outcome])))
+        done = f"{step:,}/{self._total:,}"
+        if self.console.is_terminal:
+            self._news = "  ".join(filter(None, [outcome, losses]))
+            state = dict(completed=step, total=self._total, description=done, rate=rate)
+            self._bar.update(self._task, **state)
+        if evaluated or (now - self._printed > QUIET and not self.console.is_terminal):
+            self._printed = now
+            line = f"{step:{len(f'{self._total:,}')},}/{self._total:,}  {step / self._total:4.0%}"
+            self.log("  ".join(filter(None, [line, rate, outcome, "" if evaluated else losses])))

@@ -1,4 +1,4 @@
-"""What a run runs on: devices, compiled programs, signals, versions."""
+"""The machine below a run: devices, compiled programs, signals, versions."""
 
 import hashlib
 import os
@@ -19,10 +19,10 @@ PACKAGES = ["jax", "jaxlib", "flax", "optax", "distrax", "gymnasium", "mujoco", 
 
 
 def shard_seeds(tree):
-    """`tree`, whose arrays all have the seeds as axis 0, sharded over the local devices.
+    """A pytree of arrays with the seeds on axis 0, sharded over the local devices by seed.
 
-    Uses the largest number of devices that divides the number of seeds: each device holds whole
-    seeds, which are independent.
+    Uses the largest number of devices that divides the number of seeds. Seeds are independent, so
+    the devices need no communication.
     """
     seeds = len(jax.tree.leaves(tree)[0])
     devices = jax.local_devices()
@@ -32,11 +32,11 @@ def shard_seeds(tree):
 
 
 def keep_programs():
-    """Keep compiled programs in $XDG_CACHE_HOME/stillwater or ~/.cache/stillwater.
+    """Keeps compiled programs in $XDG_CACHE_HOME/stillwater or ~/.cache/stillwater.
 
-    A user's own JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE takes precedence.
-    Programs are machine code: each kind of processor has its own folder, as machines may share a
-    home.
+    The user's own JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE takes precedence.
+    Programs are machine code and machines may share a home, so each kind of processor has its own
+    folder.
     """
     if jax.config.jax_compilation_cache_dir:
         return
@@ -48,9 +48,8 @@ def keep_programs():
     kind = hashlib.sha256(words.encode()).hexdigest()[:16]
     folder = Path(root, "stillwater", "programs", kind)
     with suppress(OSError):  # a read-only home: every start compiles
-        folder.mkdir(
-            parents=True, exist_ok=True, mode=0o700
-        )  # whoever writes there runs code as you
+        # 0700: whoever can write to this folder can run code as this user
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(folder, os.W_OK):
             jax.config.update("jax_compilation_cache_dir", str(folder))
             jax.config.update("jax_compilation_cache_max_size", 2**30)  # bytes; oldest go first
@@ -59,12 +58,11 @@ def keep_programs():
 
 @contextmanager
 def on_interrupt(first, again):
-    """Handles Ctrl-C while the main thread waits for XLA: in a thread, the first SIGINT or SIGTERM
-    calls first(), each later one again().
+    """Handles Ctrl-C while the main thread waits for XLA.
 
-    Python runs its own handlers in the main thread between two lines of Python, that is only when
-    XLA returns from a compiled chunk, perhaps minutes later. Outside a program's main thread this
-    does nothing.
+    The first SIGINT or SIGTERM calls first(), each later one again(), in a thread of its own.
+    Python's own handlers run in the main thread, and only once XLA has returned from a compiled
+    chunk, which can take minutes. Does nothing outside the main thread of a program.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -94,7 +92,7 @@ def on_interrupt(first, again):
 
 
 def machine():
-    """Versions, commit and device, on which a run's bits depend besides its config."""
+    """What a run's bits depend on besides its config, as plain data: versions, commit, device."""
     versions = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):

@@ -512,7 +512,7 @@ FLAGS = {
     "bc --fraction 0": "--fraction 0.0: must be above 0, at most 1",
     "bc --fraction 1.01": "--fraction 1.01: must be above 0, at most 1",
     # that contradict each other
-    "iql --num-updates 100 --eval-every 30": "90 and 120 are the nearest",
+    "iql --num-updates 100 --eval-every 30": "the nearest are 90 and 120",
     "dt --heads 3 --width 128": "--heads 3: must divide --width 128",
     "dt --targets 3 2 1 --eval-episodes 2": "--targets: 3 of them need as many --eval-episodes",
     "combo --num-elites 8 --num-members 7": "--num-elites must divide --rollout-batch, and be at",
@@ -595,9 +595,9 @@ def cut(*names):
 
 STATES = "checkpoint/state.msgpack", "checkpoint.old/state.msgpack"
 RESUMES = {
-    "no folder": (shutil.rmtree, "is no run folder: config.json: No such file"),
+    "no folder": (shutil.rmtree, "is not a run folder: config.json: No such file"),
     "an empty folder": (
-        lambda run: (shutil.rmtree(run), run.mkdir()), "is no run folder: config.json: No such",
+        lambda run: (shutil.rmtree(run), run.mkdir()), "is not a run folder: config.json: No such",
     ),
     "config.json cut": (cut("config.json"), "config.json is damaged"),
     "config.json of another algorithm": (
@@ -635,9 +635,9 @@ RESUMES = {
     "returns.json with words": (
         rewrite("returns.json", lambda returns: returns.update({"2": "many"})), "is damaged",
     ),
-    "both checkpoints cut": (cut(*STATES), "No whole checkpoint is left"),
+    "both checkpoints cut": (cut(*STATES), "No intact checkpoint is left"),
     "both checkpoints' notes cut": (
-        cut("checkpoint/checkpoint.json", "checkpoint.old/checkpoint.json"), "No whole checkpoint",
+        cut("checkpoint/checkpoint.json", "checkpoint.old/checkpoint.json"), "No intact checkpoint",
     ),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import hashlib
+import io
 import json
 import os
 import signal
@@ -19,9 +20,10 @@ import numpy as np
 import pytest
 import toy
 from flax import serialization
+from rich.console import Console
 
-from common import experiment
-from common.experiment import checkpoint, config, plots, runtime, statistics
+from common import evaluation, experiment
+from common.experiment import checkpoint, folders, plots, progress, runtime, statistics
 
 
 @pytest.fixture
@@ -121,11 +123,11 @@ def test_curve_without_scores(tmp_path):
 def test_statistics():
     assert statistics.iqm(np.array([[-100.0, 1, 2, 3, 4, 5, 6, 900]])) == 3.5
     x = np.random.default_rng(1).normal(50, 10, (1, 400))
-    low, high = statistics.interval(x)
+    low, high = statistics.interval(statistics.of_seeds(x))
     assert low < x.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * 0.5, rel=0.15)
     between = np.array([[0.0] * 50, [10.0] * 50])  # the seeds differ, not the episodes
-    assert tuple(statistics.interval(between)) == (0, 10)
+    assert tuple(statistics.interval(statistics.of_seeds(between))) == (0, 10)
 
 
 def test_terminal(cfg, capsys):
@@ -149,14 +151,59 @@ def test_terminal(cfg, capsys):
     assert text.count("(with compiling)") == 1
 
 
+def test_the_bar_fits_a_terminal_of_100_columns(monkeypatch):
+    display = progress.Display(Console(force_terminal=True, width=100, file=io.StringIO()))
+    display.start(120_000, 1_000_000)
+
+    def shown():
+        lines = display.console.render_lines(display._render(), pad=False)
+        return ["".join(part.text for part in line) for line in lines]
+
+    bar, news = shown()
+    assert "120,000/1,000,000" in bar and news == "compiling the first chunk ..."
+    losses = {f"{name}_loss": 123.456 for name in ("value", "critic", "actor", "temperature")}
+    for step in (121_000, 122_000):
+        display.update(
+            step, 12_345.6, losses | {"q_data": 1.0}, "score 101.2 +- 12.3", step > 121_000
+        )
+        bar, news = shown()
+        assert max(len(bar), len(news)) <= 100
+        for words in (f"{step:,}/1,000,000", "12%", "12,346 updates/s", " left"):
+            assert words in bar
+        assert news.startswith("score 101.2 +- 12.3  value_loss 123  critic_loss 123")
+        assert ("(with compiling)" in bar) == (step == 121_000)
+    display.stop()
+    printed = display.console.file.getvalue()
+    assert printed.count("updates/s") >= 1 and "122,000/1,000,000   12%" in printed
+
+
+def test_a_log_without_a_terminal_gets_plain_lines(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    display = progress.Display()
+    display.start(0, 100)
+    for step in range(1, 101):
+        now[0] += 10
+        display.update(step, 0.1, {"loss": step}, "score 5.0", step % 50 == 0)
+    display.stop()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Updates 1 to 100, compiling the first chunk ..."
+    assert (
+        lines[1] == "  7/100    7%  0 updates/s  0:15:30 left  score 5.0  loss 7"
+    )  # after a minute
+    assert (
+        len(lines) == 1 + 2 + 14 and " 50/100   50%  0 updates/s  0:08:20 left  score 5.0" in lines
+    )
+
+
 def test_two_runs_in_one_second(cfg):
-    class Frozen(experiment.datetime):
+    class Frozen(folders.datetime):
         @classmethod
         def now(cls):
             return cls(2026, 1, 2, 3, 4, 5)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "datetime", Frozen)
+        patch.setattr(folders, "datetime", Frozen)
         runs = [experiment.Run(cfg, toy.dataset(cfg.env)) for _ in range(3)]
     names = [run.folder.name for run in runs]
     assert names == ["20260102-030405-s0", "20260102-030405-s0-2", "20260102-030405-s0-3"]
@@ -186,7 +233,8 @@ def test_config_round_trip(cfg):
     [
         ("stillwater/hopper/medium-replay-v0", None, 0.9),
         ("hopper-medium-v2", None, 0.9),
-        ("path/to/hopper_expert.hdf5", None, 0.6),
+        ("hopper-expert-v2", None, 0.6),
+        ("path/to/hopper-medium-v2.hdf5", None, 0.7),  # a user's own file
         ("walker2d-medium-v2", None, 0.7),
         ("hopper-medium-v2", 0.1, 0.1),
         ("hopper-medium-v2", 0.0, 0.0),
@@ -196,10 +244,23 @@ def test_values_of_the_paper(env, tau, expected):
     assert experiment.resolve(toy.Config(env=env, tau=tau), toy.TUNED).tau == expected
 
 
+def test_values_that_the_name_decides_are_told(cfg, capsys):
+    for env, flags, told in (
+        ("hopper-medium-v2", {}, "Tuned values: tau 0.9 (hopper-medium)\n"),
+        ("hopper-medium-v2", dict(tau=0.5), ""),  # a flag wins
+        ("walker2d-medium-v2", {}, ""),  # the default
+    ):
+        own = dataclasses.replace(cfg, env=env, **flags)
+        own = experiment.resolve(own, toy.TUNED)
+        assert capsys.readouterr().out == ""  # once a run: with its dataset
+        experiment.resolve(own, toy.TUNED, toy.dataset(env))
+        assert capsys.readouterr().out == told
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (dict(num_updates=55), "50 and 60 are the nearest"),
+        (dict(num_updates=55), "the nearest are 50 and 60"),
         (dict(num_updates=0), "--num-updates 0"),
         (dict(num_updates=-10), "--num-updates -10"),
         (dict(eval_every=0), "--eval-every 0"),
@@ -266,8 +327,8 @@ def test_resume_gives_the_same_bits(cfg, save_every):
 
 def test_resumed_arrays_can_be_donated(cfg):
     run = toy.main(cfg, stop=10)
-    again = experiment.Run(experiment.resolve(toy.Config(resume=str(run.folder))), run.data)
-    template = jax.vmap(lambda key: toy.init(key, run.data.transitions(), cfg))(
+    again = experiment.Run(experiment.resolve(toy.Config(resume=str(run.folder))), run.dataset)
+    template = jax.vmap(lambda key: toy.init(key, run.dataset.transitions(), cfg))(
         jax.random.split(jax.random.key(0), 2)
     )
     state = again.restore(template)
@@ -316,7 +377,10 @@ def test_conflicting_flags(cfg, monkeypatch):
 
 
 def test_resume_what_is_no_run(cfg, tmp_path):
-    for folder, words in ((tmp_path / "nothing", "is no run folder"), (tmp_path, "No such file")):
+    for folder, words in (
+        (tmp_path / "nothing", "is not a run folder"),
+        (tmp_path, "No such file"),
+    ):
         with pytest.raises(experiment.RunError, match=words):
             experiment.resolve(toy.Config(resume=str(folder)))
     run = toy.main(cfg, stop=10)
@@ -388,7 +452,7 @@ def test_damaged_checkpoint(cfg, whole, capsys, damage):
     assert equal(resumed(run).folder, whole.folder)
     message = capsys.readouterr().err
     assert "is damaged" in message
-    assert "Taking checkpoint.old, step 20" in message
+    assert "Using checkpoint.old, step 20" in message
     assert (run.folder / "checkpoint.damaged").exists()
 
 
@@ -397,7 +461,7 @@ def test_no_whole_checkpoint(cfg):
     for name in ("checkpoint", "checkpoint.old"):
         truncate(run.folder / name / "state.msgpack")
     before = rows(run.folder)
-    with pytest.raises(experiment.RunError, match="No whole checkpoint is left") as error:
+    with pytest.raises(experiment.RunError, match="No intact checkpoint is left") as error:
         resumed(run)
     assert str(run.folder / "checkpoint.old") in str(error.value)
     assert rows(run.folder) == before
@@ -505,7 +569,7 @@ def test_checkpoint_of_another_shape(tmp_path):
 
 
 def test_record_checks_its_arguments(cfg):
-    run = experiment.Run(cfg, toy.dataset(cfg.env))
+    run = experiment.Run(experiment.resolve(cfg), toy.dataset(cfg.env))
     steps = run.steps()
     step = next(steps)
     with pytest.raises(ValueError, match="shape"):
@@ -522,8 +586,8 @@ def test_record_checks_its_arguments(cfg):
 def test_a_seed_that_diverges_leaves_the_others_alone(cfg, whole, capsys, name, value):
     spoil = [(30, 1, name, value)]
     run = toy.main(cfg, spoil=spoil)
-    told = f"Seed 1 has diverged, {name} is {value:.3g} at step 30: its last good checkpoint is"
-    assert capsys.readouterr().out.count(f"{told} that of step 20.") == 2  # then, and at the end
+    told = f"Seed 1 has diverged: {name} is {value:.3g} at step 30. Its last good checkpoint is"
+    assert capsys.readouterr().out.count(f"{told} from step 20.") == 2  # then, and at the end
     good = [row for row in rows(whole.folder) if ",0," in row[:5]]
     assert [row for row in rows(run.folder) if ",0," in row[:5]] == good
     gone = [row.split(",")[2:] for row in rows(run.folder) if row[:5] in ("40,1,", "50,1,")]
@@ -546,27 +610,27 @@ def test_a_run_whose_seeds_all_diverge_ends(cfg, capsys):
     with pytest.raises(experiment.RunError) as error:
         toy.main(cfg, spoil=spoil)
     message = str(error.value)
-    assert "Seed 1 has diverged, q_data is 1e+09 at step 30" in message
-    assert "that of step 20" in message
+    assert "Seed 1 has diverged: q_data is 1e+09 at step 30" in message
+    assert "from step 20" in message
     assert "No seed is left" in message
-    assert "Seed 0 has diverged, loss is nan at step 20" in capsys.readouterr().out
+    assert "Seed 0 has diverged: loss is nan at step 20" in capsys.readouterr().out
     (folder,) = Path(cfg.out).glob("toy/*/*")
     assert checkpoint.read(folder)[0] == 20
     assert rows(folder)[-1].startswith("30,1,")
     with pytest.raises(experiment.RunError) as error:
         toy.main(dataclasses.replace(cfg, num_seeds=1), spoil=[(10, 0, "q_pi", np.inf)])
-    assert "q_pi is inf at step 10: it has no good checkpoint" in str(error.value)
+    assert "q_pi is inf at step 10. It has no good checkpoint" in str(error.value)
 
 
 def test_large_values_are_no_divergence(cfg):
     """A Q-value may be 1,000 times what an episode of the data could earn, other metrics any."""
     data = toy.dataset(cfg.env)
     limit = 1e3 * np.abs(data.reward).max() * 10
-    run = experiment.Run(cfg, data)
+    run = experiment.Run(experiment.resolve(cfg), data)
     steps = run.steps()
     run.record(next(steps), {"q_data": np.array([1, -1]) * 0.9 * limit, "loss": np.full(2, 1e30)})
     assert not (run.folder / "diverged.json").exists()
-    with pytest.raises(experiment.RunError, match="Seed 1 has diverged, q_data"):
+    with pytest.raises(experiment.RunError, match="Seed 1 has diverged: q_data"):
         run.record(next(steps), {"q_data": np.array([1, -1]) * 1.1 * limit, "loss": np.zeros(2)})
 
 
@@ -574,7 +638,7 @@ def test_large_values_are_no_divergence(cfg):
 
 
 def test_load(whole, monkeypatch, tmp_path):
-    monkeypatch.setattr(config, "PROJECT", tmp_path)
+    monkeypatch.setattr(folders, "PROJECT", tmp_path)
     with pytest.raises(experiment.RunError, match="no algorithm 'toy'"):
         evaluation.load(whole.folder)
     (tmp_path / "algorithms").symlink_to(Path(toy.__file__).parent)
@@ -634,7 +698,7 @@ def test_interrupt_ends_after_the_save(tmp_path, whole):
     (folder,) = tmp_path.glob("toy/*/*")
     step = checkpoint.read(folder)[0]
     assert step in (20, 30)  # 20 if the signal came between its record and its save
-    assert "Stopping when this chunk is done and saved" in text
+    assert "Stopping once this chunk is saved" in text
     assert f"Saved up to step {step}. To continue: python" in text
     named = text.split("--resume ")[1].split()[0]  # relative to here where that is shorter
     assert Path(named).resolve() == folder
@@ -686,6 +750,6 @@ def test_data_without_an_environment_is_refused_at_once(cfg):
     """Not after the first chunk, hours later; unscored it is welcome."""
     data = dataclasses.replace(toy.dataset(cfg.env), env_id="")
     with pytest.raises(experiment.RunError, match="--eval-episodes 0"):
-        experiment.Run(cfg, data)
+        experiment.resolve(cfg, {}, data)
     assert not list(Path(cfg.out).rglob("config.json"))
-    experiment.Run(dataclasses.replace(cfg, eval_episodes=0), data)
+    experiment.Run(experiment.resolve(dataclasses.replace(cfg, eval_episodes=0), {}, data), data)
