@@ -18,7 +18,7 @@ from common import datasets, experiment
 from common.datasets import Batch
 
 CFG = awac.Config(
-    widths=(8, 8), batch_size=16, num_updates=1000, eval_every=100, lr=1e-2, polyak=0.1,
+    widths=(8, 8), batch_size=16, num_updates=1000, log_every=100, lr=1e-2, polyak=0.1,
     gamma=0.9, num_samples=3, beta=2.0, max_weight=1.1,
 )  # fmt: skip
 KEY = jax.random.key(0)
@@ -325,7 +325,9 @@ def test_rewards_are_scaled_then_shifted(flags, reward, monkeypatch):
     monkeypatch.setattr(datasets, "load", lambda *_: data)
     monkeypatch.setattr(experiment, "Run", Run)
     monkeypatch.setattr(awac, "init", lambda key, data, cfg: data.obs.mean(0))
-    monkeypatch.setattr(awac, "train_chunk", lambda state, data, key, cfg: (state, data.reward))
+    monkeypatch.setattr(
+        awac, "train_chunk", lambda state, data, key, step, cfg: (state, data.reward)
+    )
     awac.main(replace(CFG, env="mine", eval_episodes=0, **flags))
     np.testing.assert_allclose(trained[0], [reward], rtol=1e-6)
 
@@ -335,22 +337,24 @@ def test_rewards_are_scaled_then_shifted(flags, reward, monkeypatch):
 
 def test_a_seed_of_many_is_that_seed_alone(data):
     """100 updates of three seeds under vmap and of each alone; and a rerun, bit for bit."""
-    chunk = jax.jit(awac.train_chunk, static_argnums=3)
+    chunk = jax.jit(awac.train_chunk, static_argnums=4)
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
     start = [INIT(key, data, CFG) for key in keys]
     start = jax.tree.map(lambda *x: jnp.stack(x), *start)
-    many = jax.jit(jax.vmap(partial(awac.train_chunk, cfg=CFG), (0, None, 0)))(start, data, keys)
+    many = jax.jit(jax.vmap(partial(awac.train_chunk, cfg=CFG), (0, None, 0, None)))(
+        start, data, keys, 100
+    )
 
     def learned(state, metrics):
         return state.actor.params, state.critic.params, state.target, metrics
 
     for i in range(3):
-        alone = learned(*chunk(INIT(keys[i], data, CFG), data, keys[i], CFG))
+        alone = learned(*chunk(INIT(keys[i], data, CFG), data, keys[i], 100, CFG))
         mine = jax.tree.map(lambda x, i=i: x[i], learned(*many))
         chex.assert_trees_all_close(mine, alone, rtol=1e-4, atol=1e-4)
-    again = learned(*chunk(INIT(keys[2], data, CFG), data, keys[2], CFG))
+    again = learned(*chunk(INIT(keys[2], data, CFG), data, keys[2], 100, CFG))
     chex.assert_trees_all_equal(again, alone)
-    other = learned(*chunk(INIT(keys[2], data, CFG), data, keys[0], CFG))
+    other = learned(*chunk(INIT(keys[2], data, CFG), data, keys[0], 100, CFG))
     assert other[-1]["critic_loss"] != alone[-1]["critic_loss"]  # another key draws other rows
     bias = many[0].critic.params["params"]["MLP_0"]["Dense_2"]["bias"][:, 0, 0]
     assert len(np.unique(bias)) == 3 and np.abs(bias).min() > 1e-3  # they learned, and differ
@@ -368,13 +372,13 @@ def test_in_a_bandit_it_picks_the_better_action_where_bc_does_not():
     columns = side[:, None], action[:, None], good, 0 * side[:, None], np.ones(n)
     data = Batch(*(jnp.asarray(x, jnp.float32) for x in columns))
     cfg = awac.Config(
-        widths=(32,), batch_size=256, num_updates=800, eval_every=800, lr=5e-3, polyak=0.05,
+        widths=(32,), batch_size=256, num_updates=800, log_every=800, lr=5e-3, polyak=0.05,
         num_samples=4,
     )  # fmt: skip
     start = INIT(KEY, data, cfg)
 
     def train(beta):
-        return awac.train_chunk(start, data, KEY, replace(cfg, beta=beta))[0]
+        return awac.train_chunk(start, data, KEY, cfg.log_every, replace(cfg, beta=beta))[0]
 
     states = jax.jit(jax.vmap(train))(jnp.array([0.0, 1.0, 10.0]))
     sides = jnp.array([[-1.0], [1.0]])
@@ -406,7 +410,7 @@ def test_critics_value_the_policy_that_there_is():
     rows = Batch(np.eye(3)[s], action[:, None], reward, np.eye(3)[to], s == SECOND)
     data = Batch(*(jnp.asarray(x, jnp.float32) for x in rows))
     cfg = awac.Config(
-        widths=(32, 32), batch_size=64, eval_every=3000, lr=3e-3, polyak=0.05, gamma=0.8,
+        widths=(32, 32), batch_size=64, log_every=3000, lr=3e-3, polyak=0.05, gamma=0.8,
         normalize=False, num_samples=4,
     )  # fmt: skip
     start = INIT(KEY, data, cfg)
@@ -415,7 +419,7 @@ def test_critics_value_the_policy_that_there_is():
     @jax.vmap
     def train(beta):
         """Critics' values of own actions by state, of the data's by row; how often own ones pay."""
-        state, _ = awac.train_chunk(start, data, KEY, replace(cfg, beta=beta))
+        state, _ = awac.train_chunk(start, data, KEY, cfg.log_every, replace(cfg, beta=beta))
         obs = jnp.broadcast_to(jnp.eye(3), (2000, 3, 3))
         own = state.actor.apply_fn(state.actor.params, obs).sample(seed=KEY).clip(-1, 1)
         q = partial(state.critic.apply_fn, state.critic.params)

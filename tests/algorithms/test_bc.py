@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 from float64 import assert_first_adam_step, f64, gradient, mlp, random_batch, scramble
 
-from common import datasets
+from common import datasets, evaluation
 from common.datasets import Batch
+from common.experiment import plots
 
-CFG = bc.Config(widths=(8, 8), batch_size=16, num_updates=1000, eval_every=100, lr=1e-2)
+CFG = bc.Config(widths=(8, 8), batch_size=16, num_updates=1000, log_every=100, lr=1e-2)
 CONFIGS = {"deterministic": CFG, "gaussian": replace(CFG, head="gaussian")}
 KEY = jax.random.key(0)
 B = 16
 INIT = jax.jit(bc.init, static_argnums=2)  # compiled once for the tests that need a fresh state
-CHUNK = jax.jit(bc.train_chunk, static_argnums=3)
+CHUNK = jax.jit(bc.train_chunk, static_argnums=4)
 
 
 @pytest.fixture(scope="module")
@@ -227,18 +228,20 @@ def test_a_seed_of_many_is_that_seed_alone(data):
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
     start = [INIT(key, data, CFG) for key in keys]
     start = jax.tree.map(lambda *x: jnp.stack(x), *start)
-    many = jax.jit(jax.vmap(partial(bc.train_chunk, cfg=CFG), (0, None, 0)))(start, data, keys)
+    many = jax.jit(jax.vmap(partial(bc.train_chunk, cfg=CFG), (0, None, 0, None)))(
+        start, data, keys, 100
+    )
 
     def learned(state, metrics):
         return state.actor.params, metrics
 
     for i in range(3):
-        alone = learned(*CHUNK(INIT(keys[i], data, CFG), data, keys[i], CFG))
+        alone = learned(*CHUNK(INIT(keys[i], data, CFG), data, keys[i], 100, CFG))
         mine = jax.tree.map(lambda x, i=i: x[i], learned(*many))
         chex.assert_trees_all_close(mine, alone, rtol=1e-5, atol=1e-5)
-    again = learned(*CHUNK(INIT(keys[2], data, CFG), data, keys[2], CFG))
+    again = learned(*CHUNK(INIT(keys[2], data, CFG), data, keys[2], 100, CFG))
     chex.assert_trees_all_equal(again, alone)
-    other = learned(*CHUNK(INIT(keys[2], data, CFG), data, keys[0], CFG))
+    other = learned(*CHUNK(INIT(keys[2], data, CFG), data, keys[0], 100, CFG))
     assert other[-1]["actor_loss"] != alone[-1]["actor_loss"]  # another key draws other rows
     bias = many[0].actor.params["params"]["MLP_0"]["Dense_2"]["bias"][:, 0]
     assert len(np.unique(bias)) == 3 and np.abs(bias).min() > 1e-3  # they learned, and differ
@@ -251,8 +254,8 @@ def test_a_seed_of_many_is_that_seed_alone(data):
 def test_a_few_rows_are_learned_by_heart(head):
     few = random_batch(6, seed=2)
     few = few._replace(obs=100 + 20 * few.obs)  # far from what a network can take raw
-    cfg = replace(CONFIGS[head], widths=(32, 32), eval_every=2000, lr=1e-3)
-    state, _ = CHUNK(INIT(KEY, few, cfg), few, KEY, cfg)
+    cfg = replace(CONFIGS[head], widths=(32, 32), log_every=2000, lr=1e-3)
+    state, _ = CHUNK(INIT(KEY, few, cfg), few, KEY, cfg.log_every, cfg)
     np.testing.assert_allclose(bc.act(state, few.obs), few.action, atol=0.03)
 
 
@@ -287,8 +290,8 @@ def test_bc_is_as_good_as_the_data_and_half_of_it_as_the_better_half(
 def test_gaussian_head_learns_mean_and_spread():
     """The likelihood's maximum: mean 0.2, standard deviation 0.4."""
     batch = Batch(*map(jnp.asarray, two_behaviours().transitions()))
-    cfg = replace(CONFIGS["gaussian"], batch_size=128, eval_every=800, lr=3e-3)
-    state, _ = CHUNK(INIT(KEY, batch, cfg), batch, KEY, cfg)
+    cfg = replace(CONFIGS["gaussian"], batch_size=128, log_every=800, lr=3e-3)
+    state, _ = CHUNK(INIT(KEY, batch, cfg), batch, KEY, cfg.log_every, cfg)
     pi = state.actor.apply_fn(state.actor.params, bc.normalise(state, batch.obs))
     np.testing.assert_allclose(pi.mode(), np.full((200, 1), 0.2), atol=0.06)
     np.testing.assert_allclose(pi.stddev(), np.full((200, 1), 0.4), atol=0.03)

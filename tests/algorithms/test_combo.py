@@ -1,4 +1,4 @@
-"""COMBO against float64 numpy, its model on a linear system, its rollouts, ring and minibatches."""
+"""COMBO in float64 numpy, its model on a linear system, its rollouts, buffer and minibatches."""
 
 import collections
 import dataclasses
@@ -50,7 +50,7 @@ def world_data(episodes=20, length=20, seed=0):
 
 def config(**values):
     small = dict(
-        num_updates=1000, eval_every=20, batch_size=16, critic_lr=3e-3, widths=(8, 8),
+        num_updates=1000, log_every=20, batch_size=16, critic_lr=3e-3, widths=(8, 8),
         beta=1.0, rollout_every=10, horizon=2,
         rollout_batch=20, retain=2, model_widths=(16, 16), model_decay=(2.5e-5, 5e-5, 1e-4),
         num_members=3, num_elites=2,
@@ -81,7 +81,9 @@ def compiled_rollout(cfg):
 def compiled_chunk(cfg):
     def chunk(state, data, key, beta, life):
         own = dataclasses.replace(cfg, beta=beta)
-        return combo.train_chunk(state, data, key, own, lambda s, a, s2: ends(life, s, s2))
+        return combo.train_chunk(
+            state, data, key, cfg.log_every, own, lambda s, a, s2: ends(life, s, s2)
+        )
 
     return jax.jit(chunk)
 
@@ -536,27 +538,27 @@ def test_rollouts_act_by_the_policy_on_normalised_states():
     np.testing.assert_allclose(rows.action, np.tanh(mean), atol=1e-5)
 
 
-# --- The ring ---
+# --- The replay buffer ---
 
 
-def test_the_ring_is_first_in_first_out():
+def test_the_replay_buffer_is_first_in_first_out():
     capacity, size, rng = 7, 5, np.random.default_rng(0)
-    ring = combo.ReplayBuffer(
+    buffer = combo.ReplayBuffer(
         Batch(jnp.zeros((7, 2)), jnp.zeros((7, 1)), jnp.zeros(7), jnp.zeros((7, 2)), jnp.zeros(7)),
         jnp.zeros((), int),
     )
-    push, held = jax.jit(combo.add), collections.deque(maxlen=capacity)
-    assert ring.filled == 0
+    add, held = jax.jit(combo.add), collections.deque(maxlen=capacity)
+    assert buffer.filled == 0
     for i in range(60):
         ids = jnp.arange(1.0 + i * size, 1.0 + (i + 1) * size)
         keep = rng.random(size) < rng.choice([0.0, 0.3, 0.7, 1.0])
         batch = Batch(
             jnp.stack([ids, ids + 0.1], 1), ids[:, None], ids, jnp.stack([ids, -ids], 1), ids
         )
-        ring = push(ring, batch, jnp.array(keep))
+        buffer = add(buffer, batch, jnp.array(keep))
         held.extend(np.asarray(ids)[keep].tolist())
-        assert ring.filled == len(held)
-        rows = Batch(*(np.asarray(x)[: len(held)] for x in ring.rows))  # those that are sampled
+        assert buffer.filled == len(held)
+        rows = Batch(*(np.asarray(x)[: len(held)] for x in buffer.rows))  # those that are sampled
         assert sorted(rows.reward.tolist()) == list(held)
         np.testing.assert_array_equal(rows.next_obs, np.stack([rows.reward, -rows.reward], 1))
         np.testing.assert_allclose(
@@ -564,14 +566,14 @@ def test_the_ring_is_first_in_first_out():
         )
         np.testing.assert_array_equal(rows.action[:, 0], rows.done)
         if i == 2:
-            assert 0 < len(held) < capacity or ring.total > capacity
+            assert 0 < len(held) < capacity or buffer.total > capacity
 
 
 CHUNK = config(retain=3, horizon=3)
 
 
 def chunk(state, data, beta=1.0, life=NEVER, seed=0):
-    """20 updates, 2 rollouts of 20 rows a step; the ring has room for 3."""
+    """20 updates, 2 rollouts of 20 rows a step; the buffer has room for 3."""
     rows = jax.tree.map(lambda x: jnp.full((180, *x.shape[1:]), jnp.nan), data)
     if len(state.buffer.rows.reward) != 180:  # what was never filled is poison
         state = state.replace(buffer=combo.ReplayBuffer(rows, jnp.zeros((), int)))
@@ -614,8 +616,8 @@ def test_a_minibatch_holds_the_datas_rows_then_the_models(monkeypatch):
 
     monkeypatch.setattr(combo, "update", update)
     run = jax.jit(partial(combo.train_chunk, cfg=cfg, terminal=combo.never))
-    state, info = run(state, data, jax.random.key(0))
-    assert state.temperature.step == cfg.eval_every
+    state, info = run(state, data, jax.random.key(0), cfg.log_every)
+    assert state.temperature.step == cfg.log_every
     assert info["real"] == 12
     assert (info["first"], info["model"], info["whole"]) == (1, 1, 1)
     assert 1 < info["step"] <= 2
@@ -759,7 +761,7 @@ def test_an_update_moves_the_learners_once_and_nothing_else():
     cfg = config()
     old, batch = fresh(), mixed_batch()
     new, info = compiled("update", cfg)(old, batch, jax.random.key(0))
-    for name in ("dynamics", "ring", "obs_mean", "obs_std"):
+    for name in ("dynamics", "buffer", "obs_mean", "obs_std"):
         assert all(same(getattr(new, name), getattr(old, name))), name
     for name, lr in (
         ("actor", cfg.actor_lr),
@@ -800,7 +802,7 @@ def test_the_policys_rate_ends_at_zero_the_others_do_not():
 
 @lru_cache
 def over_seeds(name, cfg, **kwargs):
-    axes = (0, None) if name == "init" else (0, None, 0)
+    axes = (0, None) if name == "init" else (0, None, 0, None)
     return jax.jit(jax.vmap(partial(getattr(combo, name), cfg=cfg, **kwargs), axes))
 
 
@@ -813,7 +815,7 @@ def trained(seeds, cfg, data):
 
     def run():
         state = init(fold(keys, 0), data).replace(dynamics=dynamics)
-        return chunk(state, data, fold(keys, 60))
+        return chunk(state, data, keys, cfg.log_every)
 
     first, second = run(), run()
     assert all(same(first, second))
@@ -822,7 +824,7 @@ def trained(seeds, cfg, data):
 
 def test_a_seed_among_others_is_that_seed_alone_and_a_rerun_is_bit_equal():
     small = dict(widths=(8,), model_widths=(8,), model_decay=(1e-5, 1e-5), critic_lr=3e-4)
-    cfg, data = config(eval_every=60, rollout_every=20, max_epochs=3, **small), world_data()
+    cfg, data = config(log_every=60, rollout_every=20, max_epochs=3, **small), world_data()
     both, alone = trained([3, 4], cfg, data), trained([4], cfg, data)
     for x, y in zip(jax.tree.leaves(both), jax.tree.leaves(alone), strict=True):
         np.testing.assert_allclose(x[1], y[0], rtol=1e-5, atol=1e-5)
@@ -830,7 +832,7 @@ def test_a_seed_among_others_is_that_seed_alone_and_a_rerun_is_bit_equal():
     for name in ("actor", "critic"):
         assert not any(same(getattr(one, name).params, getattr(two, name).params)[-2:])
     assert not any(same(one.dynamics.params, two.dynamics.params))
-    assert not any(same(one.ring.rows[:4], two.ring.rows[:4]))
+    assert not any(same(one.buffer.rows[:4], two.buffer.rows[:4]))
 
 
 def test_the_penalty_lowers_the_values_of_the_models_states(world):

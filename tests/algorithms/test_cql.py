@@ -17,7 +17,7 @@ from float64 import assert_first_adam_step, f64, gradient, mlp, random_batch, sc
 from common.datasets import Batch
 
 CFG = cql.Config(
-    widths=(8, 8), batch_size=16, eval_every=100, actor_lr=1e-3, critic_lr=2e-3, polyak=0.1,
+    widths=(8, 8), batch_size=16, log_every=100, actor_lr=1e-3, critic_lr=2e-3, polyak=0.1,
     gamma=0.9, alpha=3.0, normalize=True,
 )  # fmt: skip
 LAGRANGE = replace(CFG, lagrange=0.5)
@@ -426,21 +426,23 @@ def test_max_backup_takes_the_best_of_pessimistic_values(state, batch):
 
 def test_a_seed_of_many_is_that_seed_alone(data):
     """100 updates of three seeds under vmap and of each alone; and a rerun, bit for bit."""
-    chunk = jax.jit(cql.train_chunk, static_argnums=3)
+    chunk = jax.jit(cql.train_chunk, static_argnums=4)
     cfg = LAGRANGE
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
     start = [INIT(key, data, CFG) for key in keys]
     start = jax.tree.map(lambda *x: jnp.stack(x), *start)
-    many = jax.jit(jax.vmap(partial(cql.train_chunk, cfg=cfg), (0, None, 0)))(start, data, keys)
+    many = jax.jit(jax.vmap(partial(cql.train_chunk, cfg=cfg), (0, None, 0, None)))(
+        start, data, keys, 100
+    )
 
     def learned(state, metrics):
         return [getattr(state, k).params for k in NETS], state.target, metrics
 
     for i in range(3):
-        alone = learned(*chunk(INIT(keys[i], data, CFG), data, keys[i], cfg))
+        alone = learned(*chunk(INIT(keys[i], data, CFG), data, keys[i], 100, cfg))
         mine = jax.tree.map(lambda x, i=i: x[i], learned(*many))
         chex.assert_trees_all_close(mine, alone, rtol=1e-5, atol=1e-5)
-    again = learned(*chunk(INIT(keys[2], data, CFG), data, keys[2], cfg))
+    again = learned(*chunk(INIT(keys[2], data, CFG), data, keys[2], 100, cfg))
     chex.assert_trees_all_equal(again, alone)
     bias = many[0].critic.params["params"]["MLP_0"]["Dense_2"]["bias"][:, 0, 0]
     assert len(np.unique(bias)) == 3 and np.abs(bias).min() > 1e-3  # they learned, and differ
@@ -467,13 +469,13 @@ def trained():
     rows = Batch(obs, action, second * reward(action[:, 0]), np.eye(2)[[1] * 400], second)
     data = Batch(*(jnp.asarray(x, jnp.float32) for x in rows))
     cfg = cql.Config(
-        widths=(16, 16), batch_size=64, eval_every=1000, actor_lr=3e-3, critic_lr=3e-3, polyak=0.05,
+        widths=(16, 16), batch_size=64, log_every=1000, actor_lr=3e-3, critic_lr=3e-3, polyak=0.05,
         gamma=0.9, num_actions=4,
     )  # fmt: skip
     start = INIT(KEY, data, cfg)
 
     def train(alpha):
-        return cql.train_chunk(start, data, KEY, replace(cfg, alpha=alpha))[0]
+        return cql.train_chunk(start, data, KEY, cfg.log_every, replace(cfg, alpha=alpha))[0]
 
     states = jax.jit(jax.vmap(train))(jnp.array([0.0, 2.0]))
     np.testing.assert_array_equal(

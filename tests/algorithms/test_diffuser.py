@@ -20,7 +20,7 @@ from common import datasets, experiment
 D, A = 3, 2
 H, T, E = 4, 6, 3
 CFG = diffuser.Config(
-    horizon=H, diffusion_steps=T, multiples=(1, 4), width=8, batch_size=6, eval_every=50,
+    horizon=H, diffusion_steps=T, multiples=(1, 4), width=8, batch_size=6, log_every=50,
     gamma=0.9, lr=1e-2, ema=0.9, action_weight=10.0, end_return=-100.0, return_scale=50.0,
     goal=False, samples=2, guide_scale=0.3, guide_steps=2, guide_stop=2, plan_every=1,
 )  # fmt: skip
@@ -326,7 +326,7 @@ def test_networks_are_the_papers(state):
 )
 def test_shapes_of_the_papers_networks(horizon, multiples):
     x, t = jnp.zeros((2, horizon, 14)), jnp.zeros(2, int)
-    for kind, shape in (diffuser.UNet, x.shape), (diffuser.Return, (2,)):
+    for kind, shape in (diffuser.UNet, x.shape), (diffuser.ReturnModel, (2,)):
         net = kind(32, multiples)
         out = jax.eval_shape(lambda net=net: net.init_with_output(KEY, x, t)[0])
         assert out.shape == shape
@@ -399,7 +399,7 @@ def test_value_loss_by_hand(state, data, frozen):
 def test_times_are_uniform(state):
     """Each of 0 to T - 1 as often, over many keys; and noise of its own in every row."""
     batch = diffuser.Window(jnp.zeros((4000, H, A + D)), jnp.ones((4000, H), bool), None)
-    x, t, _ = jax.jit(diffuser.noised, static_argnums=3)(state, batch, KEY, CFG)
+    x, t, _ = jax.jit(diffuser.diffuse, static_argnums=3)(state, batch, KEY, CFG)
     x, t = np.array(x), np.array(t)
     np.testing.assert_allclose(np.bincount(t, minlength=T) / 4000, 1 / T, atol=0.03)
     for i in range(T):
@@ -435,8 +435,8 @@ def test_update_by_hand(state, data, frozen):
 
 def test_both_networks_meet_noise_of_their_own(state, data, monkeypatch):
     batch, keys = WINDOWS(state, data, jnp.arange(6), CFG), []
-    noised = diffuser.noised
-    monkeypatch.setattr(diffuser, "noised", lambda *a: (keys.append(a[2]), noised(*a))[1])
+    diffuse = diffuser.diffuse
+    monkeypatch.setattr(diffuser, "diffuse", lambda *a: (keys.append(a[2]), diffuse(*a))[1])
     diffuser.update(small(state), batch, KEY, CFG)
     assert len(keys) == len({tuple(jax.random.key_data(k).tolist()) for k in keys}) == 2
 
@@ -774,7 +774,7 @@ def test_settings_of_the_authors_by_dataset(env, expected):
     assert {name: getattr(cfg, name) for name in other} == other
     assert experiment.resolve(diffuser.Config(env=env, horizon=64), diffuser.TUNED).horizon == 64
     assert None not in vars(cfg).values()
-    diffuser.check(cfg)
+    diffuser.check(cfg, dataset((400,), obs_dim=6 if goal else D))
 
 
 @pytest.mark.parametrize(
@@ -784,9 +784,9 @@ def test_settings_of_the_authors_by_dataset(env, expected):
      dict(multiples=(1, 2))],
 )  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(wrong):
-    diffuser.check(CFG)
+    diffuser.check(CFG, dataset())
     with pytest.raises(SystemExit, match="--"):
-        diffuser.check(replace(CFG, **wrong))
+        diffuser.check(replace(CFG, **wrong), dataset())
 
 
 # --- The start, and what a run is fed ---
@@ -807,7 +807,7 @@ class Dense(nn.Module):
 def test_a_fresh_state(goal, data, walk, monkeypatch):
     """Statistics of all rows, averages that begin as the weights, Adam of `lr`; a goal has no J."""
     monkeypatch.setattr(diffuser, "UNet", Dense)
-    monkeypatch.setattr(diffuser, "Return", Dense)
+    monkeypatch.setattr(diffuser, "ReturnModel", Dense)
     cfg, rows = (MAZE, walk) if goal else (CFG, data)
     batch = datasets.Batch(rows.obs, rows.action, None, None, None)  # as when a run is loaded
     state = diffuser.init(KEY, batch, cfg)
@@ -841,21 +841,23 @@ def test_every_row_begins_a_window_as_often(state, data, monkeypatch):
         return state, {i: jnp.mean(batch.x[:, 0, A] == i) for i in range(rows)}
 
     monkeypatch.setattr(diffuser, "update", count)
-    cfg = replace(CFG, eval_every=5000)
-    share = jax.jit(partial(diffuser.train_chunk, cfg=cfg))(state, data._replace(obs=ids), KEY)[1]
+    cfg = replace(CFG, log_every=5000)
+    share = jax.jit(partial(diffuser.train_chunk, cfg=cfg))(
+        state, data._replace(obs=ids), KEY, 5000
+    )[1]
     share = np.array([share[i] for i in range(rows)])
     np.testing.assert_allclose(share, 1 / rows, atol=5 * np.sqrt(1 / rows / 30_000))
 
 
 def test_a_run_learns_discounted_returns_with_their_ends(monkeypatch):
-    class Data:
-        def steps(self, *args):
-            raise InterruptedError(*args)
+    def steps(self, *args):
+        raise InterruptedError(*args)
 
-    monkeypatch.setattr(diffuser.datasets, "load", lambda *_: Data())
+    monkeypatch.setattr(datasets.Dataset, "steps", steps)
     monkeypatch.setattr(diffuser.experiment, "Run", lambda *_: None)
+    cfg = replace(CFG, gamma=0.9, end_return=-7.0, eval_episodes=0)
     with pytest.raises(InterruptedError) as asked:
-        diffuser.main(diffuser.Config(gamma=0.9, end_return=-7.0))
+        diffuser.train(cfg, dataset())
     assert asked.value.args == (0.9, -7.0)
 
 
@@ -871,7 +873,7 @@ def test_the_best_plan_is_that_of_the_largest_j_without_noise(state):
 
 
 def test_acting_for_several_seeds(state, monkeypatch):
-    """act_all is act for each of them: its own plans, statistics and observations."""
+    """The policy of several is act for each of them: its own plans, statistics and observations."""
 
     def plan(state, known, key, cfg, old=None):
         x = state.ema["model"]["b"] + jax.random.normal(key, (E, H, A + D))
@@ -881,7 +883,8 @@ def test_acting_for_several_seeds(state, monkeypatch):
     cfg, seeds = replace(CFG, plan_every=2), [small(state), small(state, 1)]
     seeds[1] = seeds[1].replace(action_std=jnp.full(A, 2.0), obs_mean=jnp.ones(D))
     states = jax.tree.map(lambda *x: jnp.stack(x), *seeds)
-    policy, one = (jax.jit(partial(f, cfg=cfg)) for f in (ACT_ALL, diffuser.act))
+    policy = jax.jit(jax.vmap(diffuser.policy(cfg), (0, 0, 0, 0, None)))
+    one = jax.jit(partial(diffuser.act, cfg=cfg))
     carry, carries = None, [None, None]
     for step in range(4):
         key = jax.random.key(step)
@@ -902,21 +905,21 @@ def test_a_seed_of_many_is_that_seed_alone(state, data):
     """50 updates of two seeds under vmap and of each alone; and a rerun, bit for bit."""
     chunk = jax.jit(partial(diffuser.train_chunk, cfg=CFG))
     seeds, keys = [small(state), small(state, 1)], jax.random.split(KEY)
-    alone = [chunk(seed, data, key) for seed, key in zip(seeds, keys, strict=True)]
-    many = jax.jit(jax.vmap(partial(diffuser.train_chunk, cfg=CFG), (0, None, 0)))(
-        jax.tree.map(lambda *x: jnp.stack(x), *seeds), data, keys
+    alone = [chunk(seed, data, key, 50) for seed, key in zip(seeds, keys, strict=True)]
+    many = jax.jit(jax.vmap(partial(diffuser.train_chunk, cfg=CFG), (0, None, 0, None)))(
+        jax.tree.map(lambda *x: jnp.stack(x), *seeds), data, keys, 50
     )
     for i in range(2):
         mine = jax.tree.map(lambda x, i=i: x[i], many)
         chex.assert_trees_all_close(mine, alone[i], rtol=1e-4, atol=1e-5)
-    chex.assert_trees_all_equal(chunk(seeds[1], data, keys[1])[0].ema, alone[1][0].ema)
+    chex.assert_trees_all_equal(chunk(seeds[1], data, keys[1], 50)[0].ema, alone[1][0].ema)
     assert alone[0][1]["model_loss"] != alone[1][1]["model_loss"]
 
 
 # A square without walls. The data walk straight, at one pace, from drawn places to others.
 WORLD = replace(
     MAZE, horizon=8, diffusion_steps=8, width=32, multiples=(1,), batch_size=32, lr=4e-3, ema=0.98,
-    eval_every=900,
+    log_every=900,
 )  # fmt: skip
 
 
@@ -944,7 +947,9 @@ def test_plans_lead_from_start_to_goal(world):
     np.testing.assert_allclose(diffuser.normalise(fresh, high)[:4], 1, atol=0.02)
     chex.assert_trees_all_equal(fresh.ema, {"model": fresh.model.params})
     assert fresh.value is None
-    state, info = jax.jit(partial(diffuser.train_chunk, cfg=WORLD))(fresh, world, KEY)
+    state, info = jax.jit(partial(diffuser.train_chunk, cfg=WORLD))(
+        fresh, world, KEY, WORLD.log_every
+    )
     assert info.keys() == {"model_loss"}
 
     ends = np.random.default_rng(1).uniform(-0.6, 0.6, (2, 50, 2))

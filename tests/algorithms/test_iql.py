@@ -15,7 +15,7 @@ from float64 import assert_first_adam_step, f64, gradient, mlp, random_batch, sc
 from common.datasets import Batch
 
 CFG = iql.Config(
-    widths=(8, 8), batch_size=16, num_updates=1000, eval_every=100, lr=1e-2, polyak=0.1,
+    widths=(8, 8), batch_size=16, num_updates=1000, log_every=100, lr=1e-2, polyak=0.1,
     gamma=0.9, tau=0.8, beta=2.0, max_weight=0.02,
 )  # fmt: skip
 KEY = jax.random.key(0)
@@ -272,22 +272,24 @@ def test_critics_start_apart_and_the_target_with_them(fresh):
 
 def test_a_seed_of_many_is_that_seed_alone(data):
     """100 updates of three seeds under vmap and of each alone; and a rerun, bit for bit."""
-    chunk = jax.jit(iql.train_chunk, static_argnums=3)
+    chunk = jax.jit(iql.train_chunk, static_argnums=4)
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
     start = [INIT(key, data, CFG) for key in keys]
     start = jax.tree.map(lambda *x: jnp.stack(x), *start)
-    many = jax.jit(jax.vmap(partial(iql.train_chunk, cfg=CFG), (0, None, 0)))(start, data, keys)
+    many = jax.jit(jax.vmap(partial(iql.train_chunk, cfg=CFG), (0, None, 0, None)))(
+        start, data, keys, 100
+    )
 
     def learned(state, metrics):
         return state.actor.params, state.critic.params, state.value.params, state.target, metrics
 
     for i in range(3):
-        alone = learned(*chunk(INIT(keys[i], data, CFG), data, keys[i], CFG))
+        alone = learned(*chunk(INIT(keys[i], data, CFG), data, keys[i], 100, CFG))
         mine = jax.tree.map(lambda x, i=i: x[i], learned(*many))
         chex.assert_trees_all_close(mine, alone, rtol=1e-5, atol=1e-5)
-    again = learned(*chunk(INIT(keys[2], data, CFG), data, keys[2], CFG))
+    again = learned(*chunk(INIT(keys[2], data, CFG), data, keys[2], 100, CFG))
     chex.assert_trees_all_equal(again, alone)
-    other = learned(*chunk(INIT(keys[2], data, CFG), data, keys[0], CFG))
+    other = learned(*chunk(INIT(keys[2], data, CFG), data, keys[0], 100, CFG))
     assert other[-1]["value_loss"] != alone[-1]["value_loss"]  # another key draws other rows
     bias = many[0].value.params["params"]["MLP_0"]["Dense_2"]["bias"]
     assert len(np.unique(bias)) == 3 and np.abs(bias).min() > 1e-3  # they learned, and differ
@@ -339,13 +341,13 @@ def test_value_lies_between_sarsas_and_the_best_in_the_data():
     rows = Batch(eye[s], eye[a][:, :3], reward, eye[to], to == 3)
     data = Batch(*(jnp.asarray(x, jnp.float32) for x in rows))
     cfg = iql.Config(
-        widths=(32,), batch_size=512, num_updates=10_000, eval_every=1500, lr=3e-3, polyak=0.05,
+        widths=(32,), batch_size=512, num_updates=10_000, log_every=1500, lr=3e-3, polyak=0.05,
         gamma=GAMMA, normalize=False, beta=10.0,
     )  # fmt: skip
     start = INIT(KEY, data, cfg)
 
     def train(tau):
-        return iql.train_chunk(start, data, KEY, replace(cfg, tau=tau))[0]
+        return iql.train_chunk(start, data, KEY, cfg.log_every, replace(cfg, tau=tau))[0]
 
     taus = [0.5, 0.7, 0.9, 0.99]
     state = jax.jit(jax.vmap(train))(jnp.asarray(taus))

@@ -17,6 +17,7 @@ import pytest
 
 from common import datasets
 from common.datasets import DatasetError, readers, sources
+from common.datasets import __main__ as summary
 
 
 @pytest.fixture(autouse=True)
@@ -649,7 +650,7 @@ def test_no_cache_can_be_written(tmp_path, monkeypatch):
 def test_summary_and_picture(tmp_path, capsys):
     fields = steps(6, dim=11, act=3)
     fields["terminals"] = at(6, 2)
-    datasets.main(write(tmp_path / "a.hdf5", fields), "Hopper-v5", tmp_path / "a.png")
+    summary.main(write(tmp_path / "a.hdf5", fields), "Hopper-v5", tmp_path / "a.png")
     text = " ".join(capsys.readouterr().out.split())
     for part in ("transitions │ 6", "episodes │ 2", "1 terminal, 1 time limit", "Hopper-v5"):
         assert part in text

@@ -12,6 +12,7 @@ import pytest
 
 from common import datasets
 from common.datasets import DatasetError, readers
+from common.datasets import __main__ as summary
 
 N = 6
 
@@ -367,7 +368,7 @@ def test_metadata_runs_no_code(tmp_path, monkeypatch):
 
 def test_control_characters_of_metadata_stay_out_of_the_terminal(tmp_path, capsys):
     minari_dataset(tmp_path, "own/x-v0", json.dumps({"description": "a\x1b[2Jb [red]c[/red]"}))
-    datasets.main("own/x-v0")
+    summary.main("own/x-v0")
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "[red]c[/red]" in out
@@ -379,7 +380,7 @@ def test_a_command_ends_with_one_message_and_code_1(tmp_path):
     fields = good()
     fields["rewards"] = changed(fields["rewards"], 3, np.nan)
     path = write(tmp_path / "a.hdf5", fields)
-    root = readers.Path(readers.__file__).parents[1]
+    root = readers.Path(readers.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "common.datasets", str(path)],
         cwd=root, capture_output=True, text=True, check=False,

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 
 from common import evaluation
+from common.evaluation import __main__ as command
+from common.evaluation import rollout, video
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -92,7 +94,7 @@ def countdown():
     Countdown.steps_after_end = 0
     yield "Countdown-v0"
     del gymnasium.registry["Countdown-v0"]
-    evaluation._pool.cache_clear()
+    rollout._pool.cache_clear()
 
 
 def test_nothing_is_counted_or_stepped_after_the_end(countdown):
@@ -108,11 +110,11 @@ def test_returns_are_the_same_bits_on_any_number_of_cores(cores, monkeypatch):
     """Episodes end apart, so that there are fewer of them than cores, too."""
     weights, act = linear("Hopper-v5", 2)
     score = partial(evaluation.evaluate, memoryless(partial(act, weights)), "Hopper-v5", 2, 5)
-    monkeypatch.setattr(evaluation, "_cores", lambda: 1)
+    monkeypatch.setattr(rollout, "_cores", lambda: 1)
     alone, threads = score(), set()
-    for env in evaluation._pool("Hopper-v5", 10):
+    for env in rollout._pool("Hopper-v5", 10):
         monkeypatch.setattr(env, "step", noted(env.step, threads))
-    monkeypatch.setattr(evaluation, "_cores", lambda: cores)
+    monkeypatch.setattr(rollout, "_cores", lambda: cores)
     np.testing.assert_array_equal(score(), alone)
     assert (threads == {threading.main_thread()}) == (cores == 1)
 
@@ -126,7 +128,7 @@ def noted(step, threads):
 
 
 def test_an_error_of_an_environment_is_heard_from_any_core(countdown, monkeypatch):
-    monkeypatch.setattr(evaluation, "_cores", lambda: 2)
+    monkeypatch.setattr(rollout, "_cores", lambda: 2)
     monkeypatch.setattr(Countdown, "step", lambda self, action: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluation.evaluate(memoryless(lambda obs: np.zeros((1, 4, 1))), countdown, 1, 4)
@@ -326,16 +328,16 @@ def test_termination_of_an_unknown_environment_names_the_way_out():
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """A run folder and, in experiment.load's place, a state whose second seed's weights are 1."""
+    """A run folder and, in evaluation.load's place, a state whose second seed's weights are 1."""
     (tmp_path / "config.json").write_text('{"dataset": {"env_id": "Pendulum-v1"}}')
     cfg = types.SimpleNamespace(num_seeds=2, seed=5, eval_episodes=2)
     state = {"w": jnp.stack([jnp.zeros(()), jnp.ones(())])}
-    module = types.SimpleNamespace(act=lambda state, obs: state["w"] * obs[..., :1])
+    act = evaluation.stateless(lambda state, obs: state["w"] * obs[..., :1])
+    module = types.SimpleNamespace(policy=lambda cfg: act)
     returns = lambda run: json.loads((run / "returns.json").read_text())  # noqa: E731
-    fake = types.SimpleNamespace(load=lambda run: (module, cfg, state), recorded=returns)
-    monkeypatch.setattr("common.experiment", fake, raising=False)
-    monkeypatch.setitem(sys.modules, "common.experiment", fake)
-    monkeypatch.setattr(evaluation, "_choose_renderer", lambda: None)
+    monkeypatch.setattr(evaluation, "load", lambda run: (module, cfg, state))
+    monkeypatch.setattr(evaluation, "recorded", returns)
+    monkeypatch.setattr(video, "choose_renderer", lambda: None)
     return tmp_path
 
 
@@ -362,25 +364,25 @@ def drawn():
 def test_film_shows_the_evaluated_episodes(drawn, tmp_path):
     path = tmp_path / "new" / "film.gif"
     zeros = memoryless(lambda obs: np.zeros_like(obs[..., :1]))
-    returns = evaluation.film(zeros, drawn, path, episodes=4)
+    returns = video.film(zeros, drawn, path, episodes=4)
     np.testing.assert_array_equal(returns, evaluation.evaluate(zeros, drawn, 1, 4)[0])
-    evaluation._pool.cache_clear()
+    rollout._pool.cache_clear()
     import imageio.v2 as imageio
 
-    with imageio.get_reader(path) as video:  # 18 steps, every second one at 60 Hz
-        shades = [frame.mean() for frame in video]
+    with imageio.get_reader(path) as reader:  # 18 steps, every second one at 60 Hz
+        shades = [frame.mean() for frame in reader]
     assert len(shades) == 9 and shades[0] == pytest.approx(60, abs=4)
 
 
 def test_the_command_films_the_seed_asked_for(trained, drawn, capsys):
     (trained / "config.json").write_text('{"dataset": {"env_id": "Drawn-v0"}}')
-    video = trained / "film.gif"
-    evaluation.main(trained, video, episodes=2, seed=1)
-    assert capsys.readouterr().out == f"{video}: Drawn-v0, return 3.0, 4.0\n" and video.exists()
+    path = trained / "film.gif"
+    command.main(trained, path, episodes=2, seed=1)
+    assert capsys.readouterr().out == f"{path}: Drawn-v0, return 3.0, 4.0\n" and path.exists()
     with pytest.raises(evaluation.EvaluationError, match="seeds 0 to 1"):
-        evaluation.main(trained, video, seed=2)
+        command.main(trained, path, seed=2)
     with pytest.raises(evaluation.EvaluationError, match="mp4 or .gif"):
-        evaluation.main(trained, trained / "film.txt")
+        command.main(trained, trained / "film.txt")
 
 
 def test_the_command_scores_every_seed(trained, drawn, capsys):
@@ -392,13 +394,13 @@ def test_the_command_scores_every_seed(trained, drawn, capsys):
         (None, None),  # nothing to compare with
     ):
         (trained / "returns.json").write_text(json.dumps(recorded))
-        evaluation.main(trained)
+        command.main(trained)
         lines = capsys.readouterr().out.splitlines()
         for seed in (5, 6):
             words = f"seed {seed}: return 3.5 +- 0.5, score 62.5, 2 episodes of Drawn-v0"
             assert lines[seed - 5] == words
         assert lines[2:] == ([verdict] if verdict else [])
-    evaluation.main(trained, episodes=3)
+    command.main(trained, episodes=3)
     assert "3 episodes" in capsys.readouterr().out
 
 
@@ -410,35 +412,35 @@ def test_no_renderer_ends_in_one_message_with_the_package(monkeypatch):
     tried = []
     monkeypatch.setattr(subprocess, "call", lambda cmd, env, stderr: tried.append(env) or 1)
     with pytest.raises(evaluation.EvaluationError, match="apt-get install libegl1"):
-        evaluation._choose_renderer()
+        video.choose_renderer()
     assert [env["MUJOCO_GL"] for env in tried] == ["egl", "osmesa"]
     assert "MUJOCO_GL" not in os.environ
     monkeypatch.setattr(
         subprocess, "call", lambda cmd, env, stderr: env["MUJOCO_GL"] == "egl"
     )  # fails
-    evaluation._choose_renderer()
+    video.choose_renderer()
     assert os.environ["MUJOCO_GL"] == "osmesa"
     with pytest.raises(evaluation.EvaluationError, match="tried osmesa"):  # asked for, but broken
         monkeypatch.setattr(subprocess, "call", lambda cmd, env, stderr: 1)
-        evaluation._choose_renderer()
+        video.choose_renderer()
 
 
 def test_a_broken_renderer_is_one_message(tmp_path, drawn, monkeypatch):
     monkeypatch.setattr(Drawn, "render", lambda self: 1 / 0)
     with pytest.raises(evaluation.EvaluationError, match="cannot be drawn here.*apt-get"):
-        evaluation.film(None, drawn, tmp_path / "film.gif")
+        video.film(None, drawn, tmp_path / "film.gif")
 
 
 FILM = """
 import sys
 import imageio.v2 as imageio, numpy as np
-from common import evaluation
+from common.evaluation import video
 
-evaluation._choose_renderer()
+video.choose_renderer()
 policy = lambda carry, obs, reward, key: (np.zeros((1, 1, 3)), carry)
-print(evaluation.film(policy, "Hopper-v5", sys.argv[1])[0])
-with imageio.get_reader(sys.argv[1]) as video:
-    frames = np.array([frame for frame in video])
+print(video.film(policy, "Hopper-v5", sys.argv[1])[0])
+with imageio.get_reader(sys.argv[1]) as reader:
+    frames = np.array([frame for frame in reader])
 print(len(frames), frames.std(), np.any(frames[0] != frames[-1]))
 """
 

@@ -20,7 +20,7 @@ import pytest
 import toy
 from flax import serialization
 
-from common import experiment
+from common import evaluation, experiment
 from common.experiment import checkpoint, config, plots, runtime, statistics
 
 
@@ -121,11 +121,11 @@ def test_curve_without_scores(tmp_path):
 def test_statistics():
     assert statistics.iqm(np.array([[-100.0, 1, 2, 3, 4, 5, 6, 900]])) == 3.5
     x = np.random.default_rng(1).normal(50, 10, (1, 400))
-    low, high = statistics.interval(x)
+    low, high = statistics.interval(statistics.of_seeds(x))
     assert low < x.mean() < high
     assert high - low == pytest.approx(2 * 1.96 * 0.5, rel=0.15)
     between = np.array([[0.0] * 50, [10.0] * 50])  # the seeds differ, not the episodes
-    assert tuple(statistics.interval(between)) == (0, 10)
+    assert tuple(statistics.interval(statistics.of_seeds(between))) == (0, 10)
 
 
 def test_terminal(cfg, capsys):
@@ -266,8 +266,8 @@ def test_resume_gives_the_same_bits(cfg, save_every):
 
 def test_resumed_arrays_can_be_donated(cfg):
     run = toy.main(cfg, stop=10)
-    again = experiment.Run(experiment.resolve(toy.Config(resume=str(run.folder))), run.data)
-    template = jax.vmap(lambda key: toy.init(key, run.data.transitions(), cfg))(
+    again = experiment.Run(experiment.resolve(toy.Config(resume=str(run.folder))), run.dataset)
+    template = jax.vmap(lambda key: toy.init(key, run.dataset.transitions(), cfg))(
         jax.random.split(jax.random.key(0), 2)
     )
     state = again.restore(template)
@@ -686,6 +686,6 @@ def test_data_without_an_environment_is_refused_at_once(cfg):
     """Not after the first chunk, hours later; unscored it is welcome."""
     data = dataclasses.replace(toy.dataset(cfg.env), env_id="")
     with pytest.raises(experiment.RunError, match="--eval-episodes 0"):
-        experiment.Run(cfg, data)
+        experiment.resolve(cfg, {}, data)
     assert not list(Path(cfg.out).rglob("config.json"))
-    experiment.Run(dataclasses.replace(cfg, eval_episodes=0), data)
+    experiment.Run(experiment.resolve(dataclasses.replace(cfg, eval_episodes=0), {}, data), data)

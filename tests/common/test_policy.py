@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from common import datasets, evaluation, experiment
-from common.evaluation import Policy
+from common.evaluation import Policy, rollout
 
 
 def remember(state, carry, obs, reward, key, cfg):
@@ -24,12 +24,12 @@ def remember(state, carry, obs, reward, key, cfg):
     return state * jnp.stack([*carry, noise], -1) / cfg.scale, carry
 
 
-MODULE, CFG = SimpleNamespace(act=remember), SimpleNamespace(scale=10.0)
+CFG = SimpleNamespace(scale=10.0)
 
 
 @pytest.fixture
 def policy():
-    return Policy(MODULE.policy(CFG), jnp.float32(1))
+    return Policy(partial(remember, cfg=CFG), jnp.float32(1))
 
 
 def test_memory_goes_from_step_to_step_and_reset_begins_afresh(policy):
@@ -71,18 +71,18 @@ def test_one_observation_or_several(shape, policy):
 
 
 def test_actions_are_clipped():
-    policy = Policy(MODULE.policy(CFG), jnp.float32(-100))
+    policy = Policy(partial(remember, cfg=CFG), jnp.float32(-100))
     assert policy(np.ones(2))[:3].tolist() == [-1, 0, -1]
 
 
 def test_a_policy_with_memory_compiles_twice_and_no_more():
     traces = []
 
-    def act(state, carry, obs, reward, key, cfg):
+    def act(state, carry, obs, reward, key):
         traces.append(obs.shape)
-        return remember(state, carry, obs, reward, key, cfg)
+        return remember(state, carry, obs, reward, key, CFG)
 
-    policy = Policy(pure(SimpleNamespace(act=act), CFG), jnp.float32(1))
+    policy = Policy(act, jnp.float32(1))
     for _ in range(2):
         for t in range(4):
             policy(np.zeros(2), t)
@@ -94,7 +94,7 @@ def test_without_memory_an_action_is_of_its_observation_alone():
     def act(state, obs):
         return state * obs[..., :1]
 
-    policy = Policy(pure(SimpleNamespace(act=act), CFG), jnp.float32(2))
+    policy = Policy(evaluation.stateless(act), jnp.float32(2))
     several = np.array([[0.1, 0.0], [-0.3, 5.0], [0.9, 1.0]])
     expected = [[0.2], [-0.6], [1.0]]
     for _ in range(2):
@@ -130,7 +130,7 @@ def walk():
     Walk.rewards.clear()
     yield "Walk-v0"
     del gymnasium.registry["Walk-v0"]
-    evaluation._pool.cache_clear()
+    rollout._pool.cache_clear()
 
 
 def test_a_loaded_dt_acts_as_in_evaluation(walk, tmp_path, monkeypatch):
@@ -152,7 +152,7 @@ def test_a_loaded_dt_acts_as_in_evaluation(walk, tmp_path, monkeypatch):
     run.save(10, state)
     assert json.loads((run.folder / "config.json").read_text())["algorithm"] == "dt"
 
-    act = jax.jit(jax.vmap(partial(dt.act, cfg=cfg), (0, 0, 0, 0, None)))
+    act = jax.jit(jax.vmap(dt.policy(cfg), (0, 0, 0, 0, None)))
     returns = evaluation.evaluate(partial(act, state), walk, 2, 1, seed=1)
     assert abs(returns[0, 0] - returns[1, 0]) > 0.1
     assert np.ptp(Walk.rewards[::2]) > 0.1

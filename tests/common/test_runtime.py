@@ -19,17 +19,17 @@ import jax, jax.numpy as jnp, numpy as np
 import {name} as module
 from common import datasets, experiment
 from common.experiment import runtime
-cfg = experiment.resolve(module.Config(eval_every=5), getattr(module, "TUNED", None))
+cfg = experiment.resolve(module.Config(log_every=5), getattr(module, "TUNED", None))
 data = datasets.load(cfg.env)
 batch = data.steps() if "windows" in open(module.__file__).read() else data.transitions()
 keys = jax.vmap(jax.random.key)(jnp.arange({seeds}))
 state = jax.jit(jax.vmap(partial(module.init, cfg=cfg), (0, None)))(keys, batch)
 state = runtime.shard_seeds(state)
-chunk = jax.jit(jax.vmap(partial(module.train_chunk, cfg=cfg), (0, None, 0)), donate_argnums=0)
-program = chunk.lower(state, batch, keys).compile()
+chunk = jax.jit(jax.vmap(partial(module.train_chunk, cfg=cfg), (0, None, 0, None)), donate_argnums=0)
+program = chunk.lower(state, batch, keys, 5).compile()
 words = "all-reduce", "all-gather", "all-to-all", "collective-permute"
 talk = [word for word in words if word in program.as_text()]
-state, _ = chunk(state, batch, keys)
+state, _ = chunk(state, batch, keys, 5)
 places = {{len(x.sharding.device_set) for x in jax.tree.leaves(state)}}
 print(talk, places)
 """
