@@ -22,7 +22,8 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "diffuser": "Diffuser",
 }
 STANDARD = tuple(NAMES.values())
-HOW_LONG = "env env-id out seed num-seeds num-updates log-every eval-every eval-episodes save-every".split()
+HOW_LONG = """env env-id out seed num-seeds num-updates log-every eval-every eval-episodes
+save-every""".split()
 SHORT = {  # flags of the short budget, see __main__
     "cql": ["num-actions"],
     "combo": "num-actions max-epochs widths".split(),
