@@ -3,20 +3,29 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CUDA ?=
-# `make run` is a COMBO cut to fit two cores; a file's own defaults are the paper's million updates.
-RUN ?= --num-updates 20000 --eval-every 1000 --max-epochs 25 --actor-lr 3e-4 --rho model \
-	--widths 256 256
 
-# `make bench-scores BUDGET=full` is a million updates of each; short is a night of two cores.
+# `make run`: flags that fit two CPU cores. A file's own defaults are the paper's.
+ALGORITHM ?= iql
+RUN_awac := --num-updates 100000 --eval-every 5000
+RUN_bc := --num-updates 50000 --eval-every 5000
+RUN_combo := --num-updates 60000 --eval-every 5000 --widths 256 256 --max-epochs 100
+RUN_cql := --num-updates 100000 --eval-every 5000 --num-actions 1
+RUN_diffuser := --num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4 --plan-every 2 \
+	--ddim-steps 5 --samples 16
+RUN_dt := --num-updates 5000 --eval-every 1000 --warmup 1000
+RUN_iql := --num-updates 50000 --eval-every 5000
+RUN ?= $(or $(RUN_$(ALGORITHM)),--num-updates 100000 --eval-every 5000)
+
+# `make bench-scores`: short is two nights of two cores, full is a million updates of each method.
 BUDGET ?= short
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test test-slow lint datasets bench-speed bench-scores report
+.PHONY: help install run test test-slow lint siblings datasets bench-speed bench-scores report
 
-help:  ## this list
+help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-install: $(BIN)/.installed  ## a virtual environment with the pinned packages; CUDA=13 for a GPU
+install: $(BIN)/.installed  ## Install the pinned packages into .venv; CUDA=13 for an NVIDIA GPU.
 
 $(BIN)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,33 +33,36 @@ $(BIN)/.installed: requirements.txt
 	$(if $(CUDA),$(BIN)/python -m pip install --quiet "jax[cuda$(CUDA)]==$$(sed -n 's/^jax==//p' requirements.txt)")
 	touch $@
 
-run: install  ## train COMBO on a bundled dataset, ten minutes or so on two cores
-	$(BIN)/python algorithms/combo.py $(RUN)
+run: install  ## Train IQL on bundled data, five minutes on two cores; ALGORITHM=combo takes an hour.
+	$(BIN)/python algorithms/$(ALGORITHM).py $(RUN)
 
-test: install  ## the fast tests
+test: install  ## Run the fast tests.
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: install  ## the long tests
+test-slow: install  ## Run the long tests.
 	$(BIN)/python -m pytest -m slow
 
-lint: install  ## ruff: style and format
+lint: install  ## Check style and format with ruff.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-datasets: install  ## the full set of MuJoCo datasets that is not yet there; SAC, hours for each robot
+siblings: install  ## Copy a block to all files that share it: FILE=algorithms/iql.py BLOCK=MLP.
+	$(BIN)/python tests/siblings.py $(FILE) $(BLOCK)
+
+datasets: install  ## Collect the MuJoCo datasets that are missing; SAC takes hours for each robot.
 	@for robot in HalfCheetah Hopper Walker2d; do \
 		for kind in random medium medium-replay medium-expert expert; do \
 			name=data/stillwater/$$(echo $$robot | tr A-Z a-z)/$$kind-v0; \
-			if [ -d $$name ]; then echo "$$name is there"; continue; fi; \
-			$(BIN)/python benchmarks/collect.py --env-id $$robot-v5 --kind $$kind || exit; \
+			if [ -d $$name ]; then echo "$$name exists"; continue; fi; \
+			$(BIN)/python -m benchmarks.collect --env-id $$robot-v5 --kind $$kind || exit; \
 		done; \
 	done
 
-bench-speed: install  ## how fast each algorithm is on this machine
-	$(BIN)/python benchmarks/speed.py
+bench-speed: install  ## Measure the speed of every algorithm on this machine.
+	$(BIN)/python -m benchmarks.speed
 
-bench-scores: install  ## every algorithm on three datasets; goes on where it was stopped
-	$(BIN)/python benchmarks/scores.py --budget $(BUDGET)
+bench-scores: install  ## Train every algorithm on three datasets; resumes where it was stopped.
+	$(BIN)/python -m benchmarks.scores --budget $(BUDGET)
 
-report: install  ## README's tables and the curves, of all runs
-	$(BIN)/python benchmarks/report.py
+report: install  ## Write the tables and pictures of both READMEs from benchmarks/results.
+	$(BIN)/python -m benchmarks.report

@@ -1,16 +1,18 @@
-"""Finished runs -> one JSON each under benchmarks/results/runs; of all of them, README's tables.
+"""Collects finished runs and writes the generated tables and pictures.
 
-    python -m benchmarks.report runs/iql/... runs/cql/...   # adds these runs, then as below
-    python -m benchmarks.report                             # README's tables and the pictures
+    python -m benchmarks.report runs/iql/... runs/cql/...   # adds these runs to results/runs first
+    python -m benchmarks.report                             # tables and pictures of all results
 
 A run's JSON holds its command, config, commit, versions, device, curve and the returns of every
-evaluation. scores/runs.py merges and chooses runs; tables.py and figures.py of scores/ and speed/
-show them.
+evaluation. A page of PAGES shows a table between `<!-- NAME -->` and `<!-- end of NAME -->`, where
+NAME is one of TABLES.
 """
 
 import json
+import re
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,55 +20,62 @@ import tyro
 
 from benchmarks.scores import figures
 from benchmarks.scores import tables as score_tables
-from benchmarks.scores.runs import add, comparable_runs, merge
+from benchmarks.scores.runs import add, comparable_runs, finished, merge
+from benchmarks.scores.tables import markdown
 from benchmarks.speed import tables as speed_tables
+from benchmarks.studies import claims_pictures
 from common.experiment import statistics
 
 ROOT = Path(__file__).resolve().parents[1]
-
-SCORES = {  # marks in the README, and who writes there
-    "headline": score_tables.headline,
-    "scores": score_tables.long_table,
-    "aggregate": score_tables.aggregate,
-    "time": score_tables.time_table,
-}
+PAGES = ("README.md", "benchmarks/README.md")
 
 
 @dataclass(frozen=True)
 class Config:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()  # run folders to add
-    results: str = str(ROOT / "benchmarks/results")  # where everything goes
+    results: str = str(ROOT / "benchmarks/results")  # where the results lie
 
 
 def value_table(rows):
-    """Markdown of values.py's numbers."""
+    """The numbers of studies/values.py."""
     names = ["dataset", "run", "updates", "Q, data's action", "true", "Q, policy's action", "true"]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines = []
     for row in sorted(rows, key=lambda r: (r["dataset"], r["run"])):
         numbers = [f"{row[k]:.1f}" for k in ("q_data", "true_data", "q_pi", "true_pi")]
-        cells = [row["dataset"], row["run"], f"{row['num_updates']:,}", *numbers]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["dataset"], row["run"], f"{row['num_updates']:,}", *numbers])
+    return markdown(names, lines)
 
 
-def peers_table(runs, peers):
-    """Markdown of the scores of other implementations beside ours, same data and updates."""
-    names = ["dataset", "algorithm", "updates", "ours", "peer", "theirs"]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+def beside_peers(runs, peers):
+    """[(dataset, algorithm, updates, our scores (S, E), peer's name, its scores)]."""
     groups = defaultdict(list)
     for peer in sorted(peers, key=lambda p: (p["algorithm"], p["updates"], p["seed"])):
         groups[peer["algorithm"].upper(), peer["data"]["name"], peer["updates"]].append(peer)
+    found = []
     for (algorithm, dataset, updates), group in groups.items():
-        (low, high), cells = group[0]["data"]["ref"], []
+        low, high = group[0]["data"]["ref"]
         theirs = [peer["returns"][str(updates)] for peer in group]
-        for returns in (ours(runs, algorithm, dataset, updates), theirs):
-            score = 100 * (np.array(returns) - low) / (high - low)
-            ends = "{:.1f}, {:.1f}".format(*statistics.interval(statistics.of_seeds(score)))
-            seeds = f"{len(score)} seed{'s' * (len(score) > 1)}"
-            cells.append(f"{score.mean():.1f} [{ends}], {seeds}")
-        cells = [dataset, algorithm, f"{updates:,}", cells[0], group[0]["peer"]["name"], cells[1]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        scores = [
+            100 * (np.array(returns) - low) / (high - low)
+            for returns in (ours(runs, algorithm, dataset, updates), theirs)
+        ]
+        found.append((dataset, algorithm, updates, scores[0], group[0]["peer"]["name"], scores[1]))
+    return found
+
+
+def peers_table(runs, peers):
+    """The scores of other implementations beside ours, same data and updates."""
+
+    def cell(score):
+        ends = "{:.1f}, {:.1f}".format(*statistics.interval(statistics.of_seeds(score)))
+        return f"{score.mean():.1f} [{ends}], {len(score)} seed{'s' * (len(score) > 1)}"
+
+    names = ["dataset", "algorithm", "updates", "ours", "peer", "theirs"]
+    lines = [
+        [dataset, algorithm, f"{updates:,}", cell(own), peer, cell(theirs)]
+        for dataset, algorithm, updates, own, peer, theirs in beside_peers(runs, peers)
+    ]
+    return markdown(names, lines)
 
 
 def ours(runs, title, dataset, updates):
@@ -82,16 +91,14 @@ def ours(runs, title, dataset, updates):
 
 
 def parity_table(rows):
-    """Markdown of `python -m benchmarks.parity`: the largest difference of each kind of number."""
+    """The largest relative difference of each kind of number, by `benchmarks.parity`."""
     kinds = {  # the first whose words are in a quantity's name
         "losses": ("loss of", "loss", "error", "gap"),
         "gradients": ("gradient",),
         "weights after updates": ("after", "average", "parameters"),
         "other": ("",),
     }
-    lines = ["| algorithm | peer | " + " | ".join(kinds) + " | numbers |"]
-    lines.append("|" + "---|" * (len(kinds) + 3))
-    groups = defaultdict(lambda: defaultdict(list))
+    lines, groups = [], defaultdict(lambda: defaultdict(list))
     for row in rows:
         names = (kind for kind, words in kinds.items() if any(w in row["quantity"] for w in words))
         if not row["differs"]:
@@ -99,61 +106,166 @@ def parity_table(rows):
     for (algorithm, peer), found in groups.items():
         cells = [f"{max(found[kind]):.0e}" if found[kind] else "" for kind in kinds]
         total = sum(map(len, found.values()))
-        lines.append(f"| {algorithm.upper()} | {peer} | {' | '.join(cells)} | {total} |")
-    return "\n".join(lines) + "\n"
+        lines.append([algorithm.upper(), peer, *cells, total])
+    return markdown(["algorithm", "peer", *kinds, "numbers"], lines)
 
 
 def resume_table(rows):
-    """Markdown of resume.py's numbers."""
+    """The numbers of faults/resume.py."""
     phases = ["training", "evaluating", "writing the checkpoint"]
-    names = ["", "kills", *phases, "runs", "equal bits at the end"]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines = []
     for row in rows:
         cells = [row["algorithm"].upper(), row["kills"], *(row["phases"].get(x, 0) for x in phases)]
-        cells += [row["runs"], f"{row['runs_with_equal_bits']} of {row['runs']}"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([*cells, row["runs"], f"{row['runs_with_equal_bits']} of {row['runs']}"])
+    return markdown(["", "kills", *phases, "runs", "equal bits at the end"], lines)
 
 
 def planning_table(rows):
-    """Markdown of planning.py's numbers."""
+    """The numbers of studies/planning.py."""
     names = ["dataset", "Diffuser's planner", "ms a step, 1 episode", "10 episodes", "score"]
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines = []
     for row in rows:
         low, high = statistics.interval(np.array([row["scores"]]))
         score = (
             f"{np.mean(row['scores']):.1f} [{low:.1f}, {high:.1f}], {len(row['scores'])} episodes"
         )
         times = [f"{row[k]:,.0f}" if row[k] >= 100 else f"{row[k]:.2g}" for k in ("ms_1", "ms_10")]
-        cells = [row["dataset"], row["variant"], *times, score]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["dataset"], row["variant"], *times, score])
+    return markdown(names, lines)
 
 
 def stitching_table(runs):
-    """Markdown of stitching.py's numbers."""
-    lines = ["| | " + " | ".join(runs) + " |", "|" + "---|" * (len(runs) + 1)]
+    """The numbers of studies/stitching.py."""
+    lines = []
     for name, key in (("A to C", "to_C"), ("A to F", "to_F")):
-        cells = [f"{run[key]:.0%}" for run in runs.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *(f"{run[key]:.0%}" for run in runs.values())])
+    return markdown(["", *runs], lines)
 
 
-def load(results):
-    """(merged runs, peers) of all that lies below `results`."""
-    runs, peers = (
-        [json.loads(path.read_text("utf-8")) for path in sorted((results / kind).glob("*.json"))]
-        for kind in ("runs", "peers")
+def trust_table(stored):
+    """One number and one link for each claim of the first page."""
+    parity = [row for row in stored("parity") if not row["differs"]]
+    names = {row["algorithm"] for row in parity}
+    worst = max(row["difference"] for row in parity)
+    gaps = [own.mean() - theirs.mean() for *_, own, _, theirs in beside_peers(*stored.runs())]
+    resume, fuzz = stored("resume")["rows"], stored("fuzz")
+    total, equal, kills = (
+        sum(row[key] for row in resume) for key in ("runs", "runs_with_equal_bits", "kills")
     )
-    for run in runs:
-        if run["data"]["ref_max"] is None:
-            print(f"left out, as nothing says which returns score 0 and 100: {run['command']}")
-    return list(merge(run for run in runs if run["data"]["ref_max"] is not None)), peers
+    bad = sum(fuzz["counts"][kind] for kind in ("exception", "crashed", "hung", "grew"))
+
+    def link(title):
+        return f"[{title.lower()}](benchmarks/README.md#{title.lower().replace(' ', '-')})"
+
+    lines = [
+        [
+            "Losses, gradients and weights equal those of the authors' code or a trusted port.",
+            f"largest relative difference of {len(parity)} numbers in {len(names)} algorithms: "
+            f"{worst:.0e}",
+            link("Parity"),
+        ],
+        [
+            "Scores equal those of other code on the same data.",
+            f"{len(gaps)} comparisons, at most {max(0, -min(gaps)):.1f} points below",
+            link("Scores of other code"),
+        ],
+        [
+            "A killed and resumed run ends with the same bits.",
+            f"{equal} of {total} runs, {kills} kills",
+            link("Resuming"),
+        ],
+        [
+            "A damaged file is read or refused, never crashes or hangs the reader.",
+            f"{bad} of {fuzz['files']:,} damaged HDF5 files do harm",
+            link("Damaged files"),
+        ],
+        [
+            "The papers' claims hold where the true values are known.",
+            f"{len(stored('claims'))} claims",
+            link("Claims"),
+        ],
+    ]
+    return markdown(["claim", "measured", "details"], lines)
+
+
+class Stored:
+    """The results below a folder, each read once: `stored("parity")` is parity.json."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.runs, self.speed = cache(self._runs), cache(self._speed)
+        self._read = cache(
+            lambda name: json.loads((self.folder / f"{name}.json").read_text("utf-8"))
+        )
+
+    def __call__(self, name):
+        return self._read(name)
+
+    def _runs(self):
+        """(merged runs, peers' runs)."""
+        runs, peers = (
+            [
+                json.loads(path.read_text("utf-8"))
+                for path in sorted(self.folder.glob(f"{x}/*.json"))
+            ]
+            for x in ("runs", "peers")
+        )
+        for run in runs:
+            if run["data"]["ref_max"] is None:
+                print(f"left out, its data have no reference returns: {run['command']}")
+        return list(merge(run for run in runs if run["data"]["ref_max"] is not None)), peers
+
+    def _speed(self):
+        """(our rows, other code's rows), by cores."""
+        return speed_tables.load(self.folder)
+
+
+def of_scores(write):
+    return lambda stored: score_tables.by_source(stored.runs()[0], write)
+
+
+TABLES = {  # name in a page: what stands there
+    "headline": of_scores(score_tables.headline),
+    "trust": trust_table,
+    "speed summary": lambda stored: speed_tables.summary_table(*stored.speed()),
+    "scores": of_scores(score_tables.long_table),
+    "aggregate": of_scores(score_tables.aggregate),
+    "time": of_scores(score_tables.time_table),
+    "peers": lambda stored: peers_table(*stored.runs()),
+    "parity": lambda stored: parity_table(stored("parity")),
+    "resume": lambda stored: resume_table(stored("resume")["rows"]),
+    "values": lambda stored: value_table(stored("values")["rows"]),
+    "planning": lambda stored: planning_table(stored("planning")["rows"]),
+    "stitching": lambda stored: stitching_table(stored("stitching")["runs"]),
+    "speed": lambda stored: speed_tables.own_table(stored.speed()[0]),
+    "speed of seeds": lambda stored: speed_tables.seeds_table(stored.speed()[0]),
+    "profile": lambda stored: speed_tables.profile_table(stored("profile")),
+    "changes": lambda stored: speed_tables.changes_table(stored("changes")),
+    "speed of peers": lambda stored: speed_tables.peers_table(*stored.speed()),
+}
+BLOCK = re.compile(r"<!-- (?P<name>[a-z ]+) -->\n.*?<!-- end of (?P=name) -->", re.S)
+
+
+def fill(page, stored):
+    """The text of a page with its tables, and its algorithms' lines of code, as they are now."""
+
+    def table(match):
+        name = match["name"]
+        return f"<!-- {name} -->\n{TABLES[name](stored)}<!-- end of {name} -->"
+
+    def lines(match):
+        text = (ROOT / "algorithms" / f"{match['file']}.py").read_text("utf-8")
+        return f"{match['row']}{len(text.splitlines())} |"
+
+    page = BLOCK.sub(table, page)
+    return re.sub(
+        r"^(?P<row>\|.*\(algorithms/(?P<file>\w+)\.py\).*\| )\d+ \|$", lines, page, flags=re.M
+    )
 
 
 def draw(runs, source, results):
     """The pictures of runs on one source's data."""
-    if runs:
+    if finished(runs)[1]:
         figures.curves(runs, results / score_tables.picture("curves", source))
     datasets, found, _ = comparable_runs(runs)
     if len(datasets) > 1 and found:
@@ -164,38 +276,17 @@ def main(cfg: Config):
     results = Path(cfg.results)
     for folder in map(Path, cfg.runs):
         add(folder, results)
-    runs, peers = load(results)
+    stored = Stored(results)
+    runs, _ = stored.runs()
     if not runs:
         raise SystemExit(f"no runs in {results / 'runs'}")
-    values, planning, stitching, parity, resume, profile, changes = (
-        json.loads((results / f"{name}.json").read_text("utf-8"))
-        for name in "values planning stitching parity resume profile changes".split()
-    )
-    ours_by_cores, other_people = speed_tables.load(results)
-    tables = {
-        **{mark: score_tables.by_source(runs, write) for mark, write in SCORES.items()},
-        "peers": peers_table(runs, peers),
-        "parity": parity_table(parity),
-        "resume": resume_table(resume["rows"]),
-        "values": value_table(values["rows"]),
-        "planning": planning_table(planning["rows"]),
-        "stitching": stitching_table(stitching["runs"]),
-        "speed": speed_tables.own_table(ours_by_cores),
-        "speed of seeds": speed_tables.seeds_table(ours_by_cores),
-        "profile": speed_tables.profile_table(profile),
-        "changes": speed_tables.changes_table(changes),
-        "speed of peers": speed_tables.peers_table(ours_by_cores, other_people),
-    }
-    figures.speed(ours_by_cores, results / "speed.png")
+    figures.speed(stored.speed()[0], results / "speed.png")
+    for name, claim in stored("claims").items():
+        claims_pictures.draw(name, claim["found"], results / "claims" / f"{name}.png")
     for source in score_tables.SOURCES:
         draw(score_tables.of_source(runs, source), source, results)
-    readme = ROOT / "README.md"
-    text = readme.read_text("utf-8")
-    for mark, content in tables.items():
-        before, rest = text.split(f"<!-- {mark} -->\n")
-        after = rest.split(f"<!-- end of {mark} -->")[1]
-        text = f"{before}<!-- {mark} -->\n{content}<!-- end of {mark} -->{after}"
-    readme.write_text(text, "utf-8")
+    for page in (ROOT / name for name in PAGES):
+        page.write_text(fill(page.read_text("utf-8"), stored), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""The pictures: of scores, of merged runs (score_runs.py) on one source's data each; and of speed,
-of what speed.py wrote."""
+"""Pictures of scores, from merged runs (runs.py) on one source's data, and of speed."""
 
 import matplotlib
 import numpy as np
@@ -10,8 +9,7 @@ from matplotlib import pyplot, ticker
 from benchmarks.scores.runs import (
     STANDARD,
     behaviour,
-    chosen,
-    is_locomotion,
+    finished,
     matrix,
     score,
     short,
@@ -25,10 +23,12 @@ DASHES = {True: "-", False: (0, (3, 1))}  # more than one seed; one
 
 
 def curves(runs, path):
-    """A panel for each dataset: score against updates, mean of the seeds and their range."""
-    best = chosen(runs)
+    """A panel for each dataset: score against updates, mean of the seeds and their range.
+
+    The runs of the headline's table.
+    """
+    datasets, best = finished(runs)
     about = {dataset: run for (_, dataset), run in best.items()}
-    datasets = sorted(about, key=lambda dataset: (not is_locomotion(about[dataset]), dataset))
     rows = -(-len(datasets) // 3)
     columns = -(-len(datasets) // rows)
     size = 4.1 * columns + 0.4, (4.2 if rows == 1 else 3.3) * rows
@@ -48,7 +48,7 @@ def curves(runs, path):
             y = score(about[dataset], levels[name])
             axis.axhline(y, color="k", ls=LEVELS[name], lw=1, zorder=1)
         axis.set_title(short(dataset), fontsize=11)
-        axis.set(xlabel="gradient updates", xscale="log")
+        axis.set(xlabel="gradient updates", xlim=(0, None))
         axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         clean(axis)
     for axis in axes[:, 0]:

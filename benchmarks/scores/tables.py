@@ -1,7 +1,6 @@
-"""The README's tables of scores, in Markdown, of merged runs (score_runs.py).
+"""Tables of scores in Markdown, from merged runs (runs.py).
 
-Data of different sources never meet in a table: each is made of one source's runs. The numbers are
-those of statistics.py.
+A table holds runs on the data of one source only. statistics.py computes the intervals.
 """
 
 from collections import defaultdict
@@ -12,9 +11,10 @@ from benchmarks.scores.runs import (
     behaviour,
     chosen,
     comparable_runs,
-    is_locomotion,
+    finished,
     matrix,
     score,
+    settled,
     short,
 )
 from common.experiment import statistics
@@ -25,12 +25,21 @@ SOURCES = {  # of data, and what a table says of them
     "D4RL": "D4RL's own data",
     "other": "data of others",
 }
-MARKS = "° one seed: interval and IQM are over its episodes. † preliminary, fewer than five seeds."
+MARKS = {  # a mark, and what it says below a table that holds it
+    "°": "one seed: interval and IQM are over its episodes.",
+    "†": "preliminary, fewer than five seeds.",
+    "‡": "the critic has not settled: fewer than 5 / (polyak (1 - gamma)) updates.",
+}
 
 
 def markdown(names, rows):
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
+
+
+def legend(text):
+    """The sentences of the marks that `text` holds."""
+    return " ".join(f"{mark} {words}" for mark, words in MARKS.items() if mark in text)
 
 
 def by_source(runs, write):
@@ -49,8 +58,9 @@ def picture(name, source):
     return f"{name}.png" if source == "ours" else f"{name}-{source}.png"
 
 
-def link(label, name, runs):
-    return f"![{label}](benchmarks/results/{picture(name, runs[0]['data']['source'])})\n"
+def link(label, name, runs, folder="results"):
+    """A picture below `folder`, as the page's own folder sees it."""
+    return f"![{label}]({folder}/{picture(name, runs[0]['data']['source'])})\n"
 
 
 def count(n, gone=0, each=""):
@@ -78,33 +88,37 @@ def long_table(runs):
             seeds, episodes = run["scores"].shape
             trimmed = iqm(statistics.of_seeds(run["scores"]))
             size = count(seeds, run["diverged"], f" x {episodes}")
-            cells = [dataset, run["title"], f"{run['updates']:,}", size]
+            updates = f"{run['updates']:,}{' ‡' * (not settled(run))}"
+            cells = [dataset, run["title"], updates, size]
             cells += [f"{mean:.1f} [{low:.1f}, {high:.1f}]{mark}", f"{trimmed:.1f}"]
             rows.append([*cells, f"{np.mean(run['returns']):.0f}"])
     names = ["dataset", "algorithm", "updates", "seeds x episodes", "score [95 % interval]"]
-    return markdown([*names, "IQM", "return"], rows) + f"\n{MARKS}\n" if rows else ""
+    text = markdown([*names, "IQM", "return"], rows)
+    return f"{text}\n{legend(text)}\n" if rows else ""
 
 
 def headline(runs):
-    """A row an algorithm, a column a locomotion dataset: score +- half of the interval's width."""
-    best = chosen(filter(is_locomotion, runs))
+    """A row a method, a column a locomotion dataset: score +- half of the interval's width.
+
+    Only finished runs, see runs.finished.
+    """
+    datasets, best = finished(runs)
     if not best:
         return ""
-    datasets = sorted({dataset for _, dataset in best})
     level = {run["dataset"]: score(run, run["data"]["mean_return"]) for run in best.values()}
     rows = [["*data's mean*", *(f"*{level[dataset]:.1f}*" for dataset in datasets), "", ""]]
     for name in dict.fromkeys(name for name, _ in best):
-        found, cells = [best.get((name, dataset)) for dataset in datasets], []
+        found, cells = [best[name, dataset] for dataset in datasets], []
         for run in found:
-            low, high, mark = ends(run) if run else (0, 0, "")
-            half = f"{run['scores'].mean():.1f} ± {(high - low) / 2:.1f}" if run else "-"
-            cells.append(half + mark)
-        updates = [f"{run['updates']:,}" if run else "-" for run in found]
-        seeds = [count(len(run["scores"]), run["diverged"]) if run else "-" for run in found]
+            low, high, mark = ends(run)
+            cells.append(f"{run['scores'].mean():.1f} ± {(high - low) / 2:.1f}{mark}")
+        updates = [f"{run['updates']:,}" for run in found]
+        seeds = [count(len(run["scores"]), run["diverged"]) for run in found]
         same = [x[0] if len(set(x)) == 1 else " / ".join(x) for x in (updates, seeds)]
         rows.append([name, *cells, *same])
-    names = ["score", *map(short, datasets), "updates", "seeds"]
-    return link("Learning curves", "curves", runs) + f"\n{markdown(names, rows)}\n{MARKS}\n"
+    text = markdown(["score", *map(short, datasets), "updates", "seeds"], rows)
+    curves = link("Learning curves", "curves", runs, "benchmarks/results")
+    return f"{text}\n{legend(text)}\n\n{curves}"
 
 
 def aggregate(runs):
@@ -125,13 +139,17 @@ def aggregate(runs):
     words = f"Over {', '.join(map(short, datasets))}. "
     if left_out:
         words += f"Not on each with equally many updates: {', '.join(left_out)}. "
-    text = f"\n{words}One seed: no interval. {MARKS.split('. ')[1]}\n\n"
-    return markdown(names, rows) + text + link("Performance profiles", "profiles", runs)
+    text = markdown(names, rows)
+    text += f"\n{words}One seed has no interval. {legend(text)}\n\n"
+    return text + link("Performance profiles", "profiles", runs)
 
 
 def time_table(runs):
-    """When the mean score of the seeds comes to stay at that of the data's mean episode."""
-    best = chosen(runs)
+    """When the mean score of the seeds comes to stay at that of the data's mean episode.
+
+    Only runs whose critic has settled.
+    """
+    best = chosen(filter(settled, runs))
     datasets, rows = sorted({dataset for _, dataset in best}), []
     for name in dict.fromkeys(name for name, _ in best):
         cells = [name]

@@ -1,7 +1,6 @@
-"""The README's tables of speed, in Markdown, of what speed.py, speed_profile.py, speed_changes.py
-and speed_peers.py wrote.
+"""Tables of speed in Markdown, from what `benchmarks.speed`, its profile, changes and peers wrote.
 
-Ours is {cores: speed.py's JSON}, peers are {cores: [speed_peers.py's JSON, ...]}.
+ours: {cores: the JSON of `benchmarks.speed`}; peers: {cores: [the JSON of each peer]}.
 """
 
 import importlib
@@ -141,3 +140,16 @@ def peers_table(ours, peers):
         rows.append([name, own, ", ".join(cells), *ratios])
     notes = "; ".join(f"{mark} {note}" for mark, note in zip(MARKS, notes, strict=False))
     return f"{markdown(names, rows)}\n{notes}.\n"
+
+
+def summary_table(ours, peers):
+    """One update of each algorithm on one core, beside the fastest other code at the same sizes."""
+    names = ["one update, one core", "ms", "share of the machine's rate", "fastest other code, ms"]
+    one, rows = by_name(ours[1]), []
+    for name in ("bc", "iql", "awac", "cql", "combo", "dt", "diffuser"):
+        row, found = one[name], theirs(peers[1], name) if name in COMPARED else []
+        ms, cells = row["us"] / 1000, ["", ""]
+        if found:
+            cells = [f"{found[0][2]} {digits(found[0][0])}", f"{found[0][0] / ms:.2f}"]
+        rows.append([name, digits(ms), f"{row['share']:.0%}", *cells])
+    return markdown([*names, "times as fast"], rows)

@@ -7,9 +7,10 @@ from PIL import Image
 
 
 def draw(name, found, path):
-    """The picture of one claim, 700 by 400 pixels."""
+    """The picture of one claim."""
     panels, title = PICTURES[name]
-    figure = Figure((7, 4), dpi=100, layout="constrained")
+    size, dpi = ((8.6, 3.9), 140) if name == "naive" else ((7, 4), 100)  # README's first picture
+    figure = Figure(size, dpi=dpi, layout="constrained")
     axes = figure.subplots(1, 2 if name in ("naive", "cql", "bc") else 1)
     panels(found, *np.ravel(axes))
     figure.suptitle(title, fontsize=11)
@@ -42,18 +43,29 @@ def band(axis, x, seeds, label, colour):
 
 
 def naive(found, left, right):
-    for who, colour in (("SAC", "C3"), ("CQL", "C0")):
-        band(left, found["updates"], found[who]["believed"], f"{who} believes", colour)
-        true = found[who]["true"]["mean"]
-        left.plot(found["updates"], true, color=colour, ls=":", label=f"{who} truly gets")
+    best = found["best possible"]
+    for who, colour in (("SAC", "#d55e00"), ("CQL", "#0072b2")):
+        predicted, earned = (found[who][k] for k in ("believed", "true"))
+        band(left, found["updates"], predicted, who, colour)
+        left.plot(found["updates"], earned["mean"], color=colour, ls=":")
         band(right, found["actions"], found[who]["error of one step"], who, colour)
-    levels(left, {"best possible": (found["best possible"], "0.3")})
-    left.set(xlabel="updates", ylabel="Q of the policy's own actions")
-    left.legend(fontsize=8, loc="upper left")
-    right.axvspan(*found["seen"], color="0.9", label="actions in the data")
+        for verb, values in (("predicts", predicted), ("earns", earned)):
+            last = values["mean"][-1]
+            words = dict(color=colour, fontsize=9, va="center", textcoords="offset points")
+            left.annotate(f"{who} {verb} {last:.1f}", (found["updates"][-1], last), (5, 0), **words)
+    levels(left, {f"best possible {best:.1f}": (best, "0.3")})
+    left.set(xlabel="updates", ylabel="discounted return", xlim=(0, 1.45 * found["updates"][-1]))
+    left.set_xticks([0, 1000, 2000, 3000, 4000])
+    left.set_title("Return that Q predicts, and that the policy earns", fontsize=10)
+    right.axvspan(*found["seen"], color="0.9")
+    right.annotate("actions in the data", (np.mean(found["seen"]), 8.6), ha="center", fontsize=9)
     levels(right, {"": (0, "0.3")})
-    right.set(xlabel="action a, at x = 0", ylabel="error of one step of Q", ylim=(-15, 10))
-    right.legend(fontsize=8, loc="lower left")
+    right.set(xlabel="action at x = 0", ylabel="one-step error of Q", ylim=(-15, 10))
+    right.annotate("SAC", (0.85, 5), color="#d55e00", fontsize=9)
+    right.annotate("CQL", (0.47, -13), color="#0072b2", fontsize=9)
+    right.set_title("The error begins outside the data", fontsize=10)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
 
 
 def cql(found, *axes):
@@ -105,8 +117,8 @@ def awac(found, axis):
 
 def combo(found, axis):
     x = np.arange(len(found["betas"]))
-    dots(axis, x, found["believed"], "what COMBO believes", "C0")
-    dots(axis, x, found["true"], "what its policy truly gets", "k", mfc="w")
+    dots(axis, x, found["believed"], "COMBO predicts", "C0")
+    dots(axis, x, found["true"], "COMBO earns", "k", mfc="w")
     axis.set_xticks(x, ["0: no penalty", *(f"{beta:g}" for beta in found["betas"][1:])])
     axis.set(xlabel="beta, weight of the penalty", ylabel="Q at the model's states")
     axis.legend(fontsize=9)
@@ -126,15 +138,15 @@ def bc(found, *axes):
 
 
 PICTURES = {  # name: (its panels, its title)
-    "naive": (naive, "Naive off-policy learning (SAC) believes in actions that nobody tried,\n"
-              "and more so the longer it learns; CQL does not"),
+    "naive": (naive, "Naive off-policy learning (SAC) overestimates actions outside the data;\n"
+              "conservative Q-learning (CQL) does not"),
     "cql": (cql, "CQL without the data term is below the truth at every action;\n"
-            "with it, in the mean under the policy alone"),
+            "with it, only in the mean under the policy"),
     "iql": (iql, "IQL goes from SARSA's value to the best within the data\n"
-            "as tau goes to 1, and never asks Q about another action"),
+            "as tau goes to 1, and evaluates Q on no other action"),
     "awac": (awac, "AWAC goes from imitation (weak weights) to greed (strong weights)"),
-    "combo": (combo, "COMBO values the model's states less than the same without penalty does,\n"
-              "once the penalty is strong: at 0.5 some seeds still trust the model"),
+    "combo": (combo, "COMBO's penalty lowers the values of the model's states\n"
+              "once beta is large; at 0.5 some seeds still overestimate"),
     "bc": (bc, "BC's ceiling is the behaviour: it can save no more than what the noise costs.\n"
            "IQL goes beyond on the same data"),
 }  # fmt: skip
