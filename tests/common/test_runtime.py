@@ -25,7 +25,8 @@ batch = data.steps() if "windows" in open(module.__file__).read() else data.tran
 keys = jax.vmap(jax.random.key)(jnp.arange({seeds}))
 state = jax.jit(jax.vmap(partial(module.init, cfg=cfg), (0, None)))(keys, batch)
 state = runtime.shard_seeds(state)
-chunk = jax.jit(jax.vmap(partial(module.train_chunk, cfg=cfg), (0, None, 0, None)), donate_argnums=0)
+chunk = jax.vmap(partial(module.train_chunk, cfg=cfg), (0, None, 0, None))
+chunk = jax.jit(chunk, donate_argnums=0)
 program = chunk.lower(state, batch, keys, 5).compile()
 words = "all-reduce", "all-gather", "all-to-all", "collective-permute"
 talk = [word for word in words if word in program.as_text()]
