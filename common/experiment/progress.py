@@ -1,5 +1,6 @@
 """What a run shows on the terminal: a progress bar, or plain lines without a terminal."""
 
+import atexit
 import time
 from datetime import timedelta
 
@@ -33,14 +34,15 @@ class Display:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def start(self, step, total):
-        """Shows the bar; it pulses until the first chunk, which includes compilation, is done."""
+        """Shows the bar, which pulses until the first chunk has been compiled and is done."""
         self._total, self._printed = total, time.monotonic()
-        self._news = "compiling the first chunk ..."
+        self._news = "Setting up and compiling ..."
         if self.console.is_terminal:
             self._task = self._bar.add_task(f"{step:,}/{total:,}", total=None, rate="")
             self._live.start()
+            atexit.register(self._live.stop)  # a program that ends early shows its cursor again
         else:
-            self.log(f"Updates {step + 1:,} to {total:,}, {self._news}")
+            self.log(self._news)
 
     def stop(self):
         """Removes the bar."""

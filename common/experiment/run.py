@@ -47,7 +47,8 @@ class Run:
         self.log(f"{cfg.num_updates:,} updates of {seeds} on {self._facts['device']}")
         self.log(f"Run folder: {_short(self.folder)}")
         if self.step < cfg.num_updates:
-            self.log("Compiling ...")
+            runtime.quiet_interrupt()
+            self._display.start(self.step, cfg.num_updates)
 
     def _reopen(self):
         """Reads the last checkpoint and what was recorded up to it."""
@@ -129,7 +130,6 @@ class Run:
             closing(self._loggers),
             runtime.on_interrupt(self._stop_soon, self._stop_now),
         ):
-            self._display.start(self.step, total)
             try:
                 for step in range(self.step + every, total + 1, every):
                     self._begin = time.perf_counter()

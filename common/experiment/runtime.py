@@ -91,6 +91,19 @@ def on_interrupt(first, again):
         os.close(writing)
 
 
+def quiet_interrupt():
+    """From now on an uncaught KeyboardInterrupt ends the process with a line, not a traceback."""
+
+    def hook(kind, *rest):
+        if issubclass(kind, KeyboardInterrupt):
+            print("Stopped.", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, *rest)
+
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = hook
+
+
 def machine():
     """What a run's bits depend on besides its config, as plain data: versions, commit, device."""
     versions = {"python": sys.version.split()[0]}

@@ -137,7 +137,7 @@ def test_terminal(cfg, capsys):
         "stillwater/hopper/medium-v0: 60 transitions, behaviour's score 52.5",
         "50 updates of 2 seeds on",
         run.folder.name,
-        "Compiling",
+        "Setting up and compiling ...",
         "10/50   20%",
         "(with compiling)",
         "50/50  100%",
@@ -147,7 +147,7 @@ def test_terminal(cfg, capsys):
         "python -m common.evaluation",
     ):
         assert words in text
-    assert text.index("Compiling") < text.index("10/50")
+    assert text.index("compiling") < text.index("10/50")
     assert text.count("(with compiling)") == 1
 
 
@@ -160,7 +160,7 @@ def test_the_bar_fits_a_terminal_of_100_columns(monkeypatch):
         return ["".join(part.text for part in line) for line in lines]
 
     bar, news = shown()
-    assert "120,000/1,000,000" in bar and news == "compiling the first chunk ..."
+    assert "120,000/1,000,000" in bar and news == "Setting up and compiling ..."
     losses = {f"{name}_loss": 123.456 for name in ("value", "critic", "actor", "temperature")}
     for step in (121_000, 122_000):
         display.update(
@@ -187,7 +187,7 @@ def test_a_log_without_a_terminal_gets_plain_lines(capsys, monkeypatch):
         display.update(step, 0.1, {"loss": step}, "score 5.0", step % 50 == 0)
     display.stop()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Updates 1 to 100, compiling the first chunk ..."
+    assert lines[0] == "Setting up and compiling ..."
     assert (
         lines[1] == "  7/100    7%  0 updates/s  0:15:30 left  score 5.0  loss 7"
     )  # after a minute
