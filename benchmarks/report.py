@@ -220,7 +220,16 @@ class Stored:
         return speed_tables.load(self.folder)
 
 
+SCORES = (
+    score_tables.headline,
+    score_tables.long_table,
+    score_tables.aggregate,
+    score_tables.time_table,
+)
+
+
 def of_scores(write):
+    """A table of the runs on each source's data."""
     return lambda stored: score_tables.by_source(stored.runs()[0], write)
 
 

@@ -1,5 +1,6 @@
-"""The README's tables are what the committed results say; the statistics, counted another way."""
+"""The pages' tables show the committed results; the statistics, computed another way."""
 
+import importlib.util
 import itertools
 import json
 import re
@@ -19,37 +20,38 @@ from benchmarks.speed import tables as speed_tables
 from common.experiment import statistics
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text("utf-8")
 RESULTS = ROOT / "benchmarks/results"
+PAGES = {name: (ROOT / name).read_text("utf-8") for name in report.PAGES}
+README = PAGES["README.md"]
 
 
-def section(mark):
-    return README.split(f"<!-- {mark} -->\n")[1].split(f"<!-- end of {mark} -->")[0]
+def test_the_pages_show_the_results():
+    """Tables and lines of code are as `python -m benchmarks.report` writes them."""
+    stored = report.Stored(RESULTS)
+    for name, text in PAGES.items():
+        assert report.fill(text, stored) == text, f"{name}: run python -m benchmarks.report"
 
 
-def test_the_readmes_tables_are_the_results():
-    runs, peers = report.load(RESULTS)
-    for mark, write in report.SCORES.items():
-        assert section(mark) == score_tables.by_source(runs, write)
-    assert section("peers") == report.peers_table(runs, peers)
-    parity = json.loads((RESULTS / "parity.json").read_text("utf-8"))
-    assert section("parity") == report.parity_table(parity)
-    resume = json.loads((RESULTS / "resume.json").read_text("utf-8"))
-    assert section("resume") == report.resume_table(resume["rows"])
-    values = json.loads((RESULTS / "values.json").read_text("utf-8"))
-    assert section("values") == report.value_table(values["rows"])
-    planning = json.loads((RESULTS / "planning.json").read_text("utf-8"))
-    assert section("planning") == report.planning_table(planning["rows"])
-    stitching = json.loads((RESULTS / "stitching.json").read_text("utf-8"))
-    assert section("stitching") == report.stitching_table(stitching["runs"])
-    ours, peers = speed_tables.load(RESULTS)
-    assert section("speed") == speed_tables.own_table(ours)
-    assert section("speed of seeds") == speed_tables.seeds_table(ours)
-    assert section("speed of peers") == speed_tables.peers_table(ours, peers)
-    profile = json.loads((RESULTS / "profile.json").read_text("utf-8"))
-    assert section("profile") == speed_tables.profile_table(profile)
-    changes = json.loads((RESULTS / "changes.json").read_text("utf-8"))
-    assert section("changes") == speed_tables.changes_table(changes)
+def test_every_table_is_on_one_page():
+    """Filling would pass over a mark that is missing or misspelt."""
+    marks = re.findall(r"<!-- (.*?) -->", "".join(PAGES.values()))
+    names = [
+        name for name in report.TABLES if (RESULTS / "planning.json").exists() or name != "planning"
+    ]
+    assert sorted(marks) == sorted([*names, *(f"end of {name}" for name in names)])
+    headline = {"headline", "trust", "speed summary"}
+    assert headline == {name for name in names if f"<!-- {name} -->" in README}
+
+
+def test_a_page_is_filled():
+    page = "a\n<!-- resume -->\nold\n<!-- end of resume -->\nb\n"
+    page += "| [`iql.py`](algorithms/iql.py) | 1 | 7 |\n"
+    lines = len((ROOT / "algorithms/iql.py").read_text("utf-8").splitlines())
+    filled = report.fill(page, report.Stored(RESULTS))
+    assert filled.startswith("a\n<!-- resume -->\n|  | kills |") and "old" not in filled
+    assert filled.endswith(
+        f"\n<!-- end of resume -->\nb\n| [`iql.py`](algorithms/iql.py) | 1 | {lines} |\n"
+    )
 
 
 def test_a_speed_can_be_traced():
@@ -162,7 +164,7 @@ def test_a_run_is_collected(folder, tmp_path):
     path = report.add(folder, tmp_path / "results")
     assert path == tmp_path / "results/runs/iql-hopper-medium-v2-1.json"
     run = json.loads(path.read_text("utf-8"))
-    assert run == report.collect(folder)
+    assert run == score_runs.collect(folder)
     assert run["command"] == "python algorithms/iql.py --seed 1"
     assert run["curve"] == {"2": [1.62, 3.5], "4": [15.0, 35.0]}
     assert run["evaluations"]["2"] == [[1.23, 2.0], [3.0, 4.0]]
@@ -172,7 +174,7 @@ def test_a_run_is_collected(folder, tmp_path):
     info["config"]["num_updates"] = 6
     (folder / "config.json").write_text(json.dumps(info))
     with pytest.raises(SystemExit, match="not finished"):
-        report.collect(folder)
+        score_runs.collect(folder)
 
 
 @pytest.mark.parametrize(
@@ -187,37 +189,58 @@ def test_a_run_is_collected(folder, tmp_path):
     ],
 )
 def test_whose_data(change, source):
-    assert report.whose({"layout": "D4RL", "verified": None, "metadata": {}} | change) == source
+    assert score_runs.whose({"layout": "D4RL", "verified": None, "metadata": {}} | change) == source
 
 
 def test_a_runs_numbers_in_the_tables(folder):
     """Seeds 15 and 35: the interval of two is from one to the other, of one its episodes'."""
-    (run,) = score_runs.merge([report.collect(folder)])
+    (run,) = score_runs.merge([score_runs.collect(folder)])
     *_, row, _, _ = score_tables.long_table([run]).splitlines()
     assert row == "| hopper-medium-v2 | IQL | 4 | 2 x 2 † | 25.0 [15.0, 35.0] | 25.0 | 25 |"
     assert "| IQL | 25.0 ± 10.0 | 4 | 2 † |" in score_tables.headline([run]).splitlines()
     assert score_tables.time_table([run]).endswith("| IQL | 4 (2.0) |\n")  # of each seed
     one = run | {"scores": run["scores"][:1]}
     assert "| 1 x 2 † | 15.0 [10.0, 20.0]° | 15.0 |" in score_tables.long_table([one])
-    assert score_tables.MARKS in score_tables.long_table([one])
+    text = score_tables.long_table([one])
+    assert all(score_tables.MARKS[mark] in text for mark in "°†")
+    assert not any("°" in x for x in score_tables.long_table([run]).splitlines())
     five = run | {"scores": np.tile(run["scores"], (3, 1))[:5], "diverged": 1}
     assert "| 5 x 2, 1 diverged |" in score_tables.long_table([five])
 
 
-def test_the_readmes_files_exist():
-    for path in re.findall(r"\]\(((?:algorithms|benchmarks|common)[^)]*)\)", README):
+@pytest.mark.parametrize("name", PAGES)
+def test_the_pages_files_and_commands_exist(name):
+    text, folder = PAGES[name], (ROOT / name).parent
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert targets
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        if path.startswith("https://"):
+            continue
+        assert (folder / path).exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", (folder / path).read_text("utf-8"), re.M)
+            assert anchor in {title.lower().replace(" ", "-") for title in headings}, target
+    for path in re.findall(r"python ((?:algorithms|benchmarks|tests)/\S+\.py)", text):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"python ((?:algorithms|benchmarks)/\w+\.py)", README):
-        assert (ROOT / path).exists(), path
+    for module in re.findall(r"python -m ((?:benchmarks|common)[\w.]*)", text):
+        spec = importlib.util.find_spec(module)
+        assert spec, module
+        if spec.submodule_search_locations:
+            assert importlib.util.find_spec(f"{module}.__main__"), module
     makefile = (ROOT / "Makefile").read_text("utf-8")
-    for target in re.findall(r"(?:^|`)make ([a-z-]+)", README, re.M):
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.M):
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
-def test_the_readme_counts_lines_truly():
+def test_the_first_page_counts_the_lines_of_every_algorithm():
     counted = re.findall(r"\(algorithms/(\w+)\.py\) \|.*\| (\d+) \|", README)
     files = {p.stem: len(p.read_text("utf-8").splitlines()) for p in ROOT.glob("algorithms/*.py")}
     assert {name: int(lines) for name, lines in counted} == files
+
+
+def test_the_first_page_is_short():
+    assert len(README.splitlines()) < 260
 
 
 def made(algorithm="awac", dataset="n", updates=5, seed=0, scores=((10.0,),), **change):
@@ -303,15 +326,48 @@ def grid_of_runs():
 
 
 def test_the_headline_takes_the_longer_run():
+    """CQL is not on b, so it is left out."""
     lines = score_tables.headline(grid_of_runs()).splitlines()
-    assert lines[2:8] == [
+    assert lines[:6] == [
         "| score | a | b | updates | seeds |",
         "|---|---|---|---|---|",
         "| *data's mean* | *5.0* | *5.0* |  |  |",
         "| BC | 1.0 ± 0.0 | 3.0 ± 0.0 | 5 | 2 † |",
         "| IQL | 30.0 ± 0.0 | 36.7 ± 35.0 | 9 / 5 | 2 † / 3 † |",
-        "| CQL | 8.0 ± 1.0° | - | 5 / - | 1 † / - |",
+        "",
     ]
+    assert lines[6] == f"† {score_tables.MARKS['†']}"
+
+
+@pytest.mark.parametrize(
+    ("updates", "config", "enough"),
+    [
+        (100_000, dict(polyak=0.005, gamma=0.99), True),
+        (99_000, dict(polyak=0.005, gamma=0.99), False),
+        (10_000, dict(polyak=0.05, gamma=0.99), True),
+        (100_000, dict(polyak=0.005, gamma=0.995), False),
+        (5, dict(gamma=0.99), True),  # no target network
+    ],
+)
+def test_a_critic_needs_five_time_constants(updates, config, enough):
+    assert score_runs.settled({"updates": updates, "config": config}) == enough
+    q = 1 - (1 - config.get("polyak", 1) * (1 - config["gamma"])) ** updates  # of a constant reward
+    assert (q > 0.993) == enough or "polyak" not in config
+
+
+def test_what_has_not_settled_is_marked_in_the_long_table_alone():
+    slow = dict(polyak=0.005, gamma=0.99)
+    runs = [made("bc", "a"), made("iql", "a"), made("cql", "a")]
+    runs[1]["config"] |= slow
+    runs[2]["config"] |= slow | {"num_updates": 100_000}
+    for key in ("curve", "seconds", "evaluations"):
+        runs[2][key] = {"100000": runs[2][key]["5"]}
+    runs = list(score_runs.merge(runs))
+    for write in report.SCORES:
+        text = write(runs)
+        assert ("IQL" in text) == ("‡" in text) == (write is score_tables.long_table)
+        assert not text or ("BC" in text and "CQL" in text)
+    assert "| IQL | 5 ‡ |" in score_tables.long_table(runs)
 
 
 def test_the_aggregate_is_of_equal_budgets_on_all_datasets():
@@ -330,10 +386,10 @@ def test_sources_never_meet(tmp_path):
     """D4RL's runs: tables and pictures of their own; those of ours are as without them."""
     ours = grid_of_runs()
     theirs = [run | {"data": run["data"] | {"source": "D4RL"}} for run in grid_of_runs()]
-    for write in report.SCORES.values():
+    for write in report.SCORES:
         alone, both = (score_tables.by_source(runs, write) for runs in (ours, ours + theirs))
         assert both.startswith(alone + "\nOn D4RL's own data:")
-        assert alone.startswith("On our own data, collected by `benchmarks/collect.py`:")
+        assert alone.startswith("On our own data, collected by `benchmarks/collect`:")
     for runs in (ours, theirs):
         report.draw(runs, runs[0]["data"]["source"], tmp_path)
     sizes = {path.name: matplotlib.image.imread(path).shape for path in tmp_path.iterdir()}
@@ -345,7 +401,7 @@ def test_sources_never_meet(tmp_path):
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 30])
 def test_the_interquartile_mean(n):
     x = np.random.default_rng(n).normal(size=n)
-    np.testing.assert_allclose(statistics.iqm(x), scipy.statistics.trim_mean(x, 0.25), rtol=1e-12)
+    np.testing.assert_allclose(statistics.iqm(x), scipy.stats.trim_mean(x, 0.25), rtol=1e-12)
 
 
 def every_resample(x):
@@ -375,7 +431,7 @@ def test_the_bootstrap_against_scipys():
         return (a.mean(axis) + b.mean(axis)) / 2
 
     options = {"method": "percentile", "n_resamples": 20_000, "rng": 1}
-    theirs = scipy.statistics.bootstrap(list(x), mean, **options).confidence_interval
+    theirs = scipy.stats.bootstrap(list(x), mean, **options).confidence_interval
     np.testing.assert_allclose(statistics.interval(x), theirs, atol=0.1)
 
 
