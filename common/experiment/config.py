@@ -47,7 +47,6 @@ def resolve(cfg, tuned=None, dataset=None):
     cfg = _resumed(cfg) if cfg.resume else cfg
     if dataset is not None:
         cfg = dataclasses.replace(cfg, env=dataset.name)
-        _agree(cfg, dataset)
     values = _tuned(tuned or {}, cfg.env)
     cfg = dataclasses.replace(cfg, **{k: v for k, v in values.items() if getattr(cfg, k) is None})
     where = f"{cfg.resume}/config.json: " if cfg.resume else ""  # nobody typed it
@@ -57,6 +56,8 @@ def resolve(cfg, tuned=None, dataset=None):
         _check(f"{where}{_flag(field.name)}", getattr(cfg, field.name), rule, good)
     if cfg.seed + cfg.num_seeds > 2**31:
         raise RunError(f"--seed {cfg.seed}: the last seed must be 2,147,483,647 or less.")
+    if dataset is not None:
+        _agree(cfg, dataset)
     total, every = cfg.num_updates, min(cfg.eval_every, cfg.num_updates)
     if total % every:
         near = f"{total // every * every} and {(total // every + 1) * every} are the nearest"
