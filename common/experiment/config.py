@@ -43,7 +43,6 @@ def resolve(cfg, tuned=None, dataset=None):
     cfg = _resumed(cfg) if cfg.resume else cfg
     if dataset is not None:
         cfg = dataclasses.replace(cfg, env=dataset.name)
-        _agree(cfg, dataset)
     cfg = _filled(cfg, tuned or {}, told=dataset is not None)
     where = f"{cfg.resume}/config.json: " if cfg.resume else ""  # nobody typed it
     comments = _comments(type(cfg))
@@ -52,6 +51,8 @@ def resolve(cfg, tuned=None, dataset=None):
         _check(f"{where}{_flag(field.name)}", getattr(cfg, field.name), rule, good)
     if cfg.seed + cfg.num_seeds > 2**31:
         raise RunError(f"--seed {cfg.seed}: the last seed must be 2,147,483,647 or less.")
+    if dataset is not None:
+        _agree(cfg, dataset)
     total, every = cfg.num_updates, min(cfg.eval_every, cfg.num_updates)
     if total % every:
         near = f"the nearest are {total // every * every} and {(total // every + 1) * every}"
