@@ -178,16 +178,17 @@ def vae_loss(vae_params, state, batch, key):
     return loss, {"vae_loss": loss, "vae_error": error, "vae_kl": kl}
 
 
-def candidates(pi_params, state, obs, key):
-    """One action for each of obs (..., D): a sample of the VAE, perturbed."""
+def candidates(pi_params, state, obs, key, n):
+    """n actions (n, ..., A) for each of obs (..., D): samples of the VAE, perturbed."""
+    obs = jnp.broadcast_to(obs, (n, *obs.shape))
     action = jnp.tanh(state.vae.apply_fn(state.vae.params, obs, key, method="sample"))
     return state.actor.apply_fn(pi_params, obs, action)
 
 
 def critic_loss(q_params, state, batch, key, cfg):
     """One-step regression of both critics onto y: members are mixed first, then the best taken."""
-    obs = jnp.broadcast_to(batch.next_obs, (cfg.num_samples, *batch.next_obs.shape))
-    action = candidates(state.target_actor, state, obs, key)  # (N, B, A)
+    action = candidates(state.target_actor, state, batch.next_obs, key, cfg.num_samples)
+    obs = jnp.broadcast_to(batch.next_obs, (*action.shape[:-1], batch.next_obs.shape[-1]))
     q_next = state.critic.apply_fn(state.target, obs, action)  # (2, N, B)
     q_next = (cfg.lam * q_next.min(0) + (1 - cfg.lam) * q_next.max(0)).max(0)  # (B,)
     target = batch.reward + cfg.gamma * (1 - batch.done) * q_next
@@ -198,7 +199,7 @@ def critic_loss(q_params, state, batch, key, cfg):
 
 def actor_loss(pi_params, state, batch, key):
     """The perturbation climbs Q_1 at one candidate for each state."""
-    action = candidates(pi_params, state, batch.obs, key)
+    action = candidates(pi_params, state, batch.obs, key, 1)[0]
     loss = -state.critic.apply_fn(state.critic.params, batch.obs, action)[0].mean()
     return loss, {"actor_loss": loss, "q_pi": -loss}
 
@@ -253,8 +254,8 @@ def train_chunk(state, data, key, step, cfg):
 def act(state, obs, key, cfg):
     """Of `eval_samples` candidates for obs (..., D), the one with the largest Q_1."""
     obs = normalise(state, obs)
-    obs = jnp.broadcast_to(obs, (cfg.eval_samples, *obs.shape))
-    action = candidates(state.actor.params, state, obs, key)  # (N, ..., A)
+    action = candidates(state.actor.params, state, obs, key, cfg.eval_samples)  # (N, ..., A)
+    obs = jnp.broadcast_to(obs, (*action.shape[:-1], obs.shape[-1]))
     best = state.critic.apply_fn(state.critic.params, obs, action)[0].argmax(0)
     return jnp.take_along_axis(action, best[None, ..., None], 0)[0]
 
