@@ -12,15 +12,15 @@ After an episode's last row R_{t+1} is V(s_{t+1}) at a time limit and 0 at a ter
 
 Run: python algorithms/awr.py --env halfcheetah-medium-v2 --num-seeds 4
 
-As the authors' code (github.com/xbpeng/awr), not the paper: advantages are standardised over all
-rows and divided by 1 (the paper divides them as they are by 0.05: `--no-standardize --temperature
-0.05`); mean actions beyond [-1, 1] are penalised. `--num-updates` counts the policy's updates.
-Differs from the authors' code:
-- all rows of the dataset (theirs: a buffer of the last 50,000, 2,048 of them new in an iteration)
-- minibatches are drawn with replacement (theirs: in the order of a permutation)
-- PyTorch's initialisation (theirs: Xavier's, weights of the policy's last layer below 0.01)
-- observations are divided by the dataset's std + 0.001 (theirs: by a running std, at least 0.01)
-- std 0.4 where nothing else is known (theirs: 0.2)
+Settings and iterations are those of the authors' code (github.com/xbpeng/awr), not the paper's:
+advantages are standardised over all rows and divided by 1 (paper: raw ones by 0.05, here
+`--no-standardize --temperature 0.05`), and mean actions beyond [-1, 1] are penalised. The policy's
+updates are counted, not those of V. Differs from the authors' code:
+- all rows of the dataset (a buffer of the last 50,000, with 2,048 new ones in each iteration)
+- minibatches are drawn with replacement (in the order of a permutation)
+- PyTorch's initialisation (Xavier, and weights below 0.01 in the policy's last layer)
+- observations are divided by the dataset's std + 0.001 (a running std, at least 0.01)
+- the std is 0.4 for a robot that is not listed (0.2)
 """
 
 import sys
@@ -41,7 +41,7 @@ from flax.training.train_state import TrainState
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
 
-# The authors' values where they depend on the data; the longest name that fits, see Config.
+# Values that depend on the dataset, as in the authors' code; the longest matching name wins.
 TUNED = {
     "default": dict(actor_lr=5e-5, std=0.4),
     "hopper": dict(actor_lr=1e-4),
@@ -53,12 +53,12 @@ TUNED = {
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 1_000_000  # gradient steps
-    log_every: int = 1_000  # gradient steps of one compiled chunk, between two lines of the log
+    log_every: int = 1_000  # gradient steps of a compiled chunk and between rows of metrics.csv
     eval_every: int = 10_000  # gradient steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation and seed
     out: str = "runs"  # where run folders go
@@ -88,8 +88,8 @@ class Episodes(NamedTuple):
 
 
 class Dense(nn.Module):
-    """x W^T + b, as PyTorch has it: its initialisation, and W (out, in), which spares a CPU the
-    transposing of W's gradients."""
+    """x W^T + b with PyTorch's initialisation; W is (out, in), so that a CPU need not transpose its
+    gradient."""
 
     width: int
 
@@ -269,9 +269,9 @@ def policy(cfg):
 
 
 def check(cfg):
-    """SystemExit where a chunk is not of whole iterations, and where V has no scale."""
+    """SystemExit where a chunk is not whole iterations, and where V has no scale."""
     if cfg.log_every % cfg.actor_steps:
-        whole = f"must be a multiple of --actor-steps {cfg.actor_steps}"
+        whole = f"must be a multiple of --actor-steps {cfg.actor_steps} that divides --eval-every"
         raise SystemExit(f"--log-every {cfg.log_every}: {whole}.")
     if cfg.gamma == 1:
         raise SystemExit("--gamma 1: must be below 1, the value function learns (1 - gamma) V.")
