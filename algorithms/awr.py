@@ -268,7 +268,7 @@ def policy(cfg):
     return evaluation.stateless(act)
 
 
-def check(cfg):
+def check(cfg, dataset):
     """SystemExit where a chunk is not whole iterations, and where V has no scale."""
     if cfg.log_every % cfg.actor_steps:
         whole = f"must be a multiple of --actor-steps {cfg.actor_steps} that divides --eval-every"
@@ -280,7 +280,7 @@ def check(cfg):
 def train(cfg, dataset):
     """Trains `cfg.num_seeds` policies on a Dataset; their State, seeds on axis 0."""
     cfg = experiment.resolve(cfg, TUNED, dataset)
-    check(cfg)
+    check(cfg, dataset)
     run = experiment.Run(cfg, dataset)
     data = Episodes(dataset.transitions(), dataset.start + dataset.length - 1)
 

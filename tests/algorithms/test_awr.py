@@ -354,7 +354,7 @@ def test_values_of_the_authors(env, actor_lr, std):
 def test_what_cannot_be_trained_is_refused(flags, message):
     awr.check(CFG, None)
     with pytest.raises(SystemExit, match=message):
-        awr.check(replace(CFG, **flags))
+        awr.check(replace(CFG, **flags), None)
 
 
 # --- A bandit with a known answer ---
