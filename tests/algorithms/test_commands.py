@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = [path.stem for path in sorted((ROOT / "algorithms").glob("*.py"))]
 SHORT = ["--num-updates", "100", "--eval-every", "50", "--eval-episodes", "2"]
 EXTRA = {
+    "awr": "--actor-steps 25 --critic-steps 5".split(),
     "diffuser": "--width 16 --multiples 1 2 --horizon 4 --samples 2 --ddim-steps 2".split(),
     "dt": "--width 16 --layers 1 --context 5".split(),
     "combo": (

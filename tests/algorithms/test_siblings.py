@@ -16,13 +16,13 @@ IDEA = {"Config", "State", "init", "update", "main", "TUNED"}
 IDEA |= {"actor_loss", "critic_loss", "value_loss", "model_loss", "advantage"}
 # and these, each text shared by the files between two bars: other kinds of policy and of data.
 VERSIONS = {
-    "Actor": "awac bc iql | combo cql",
-    "act": "awac bc iql | combo cql | diffuser | dt",
-    "minibatch": "awac bc combo cql iql | diffuser | dt",
-    "train_chunk": "awac bc cql iql | combo | diffuser dt",
+    "Actor": "awac bc iql | awr | combo cql",
+    "act": "awac awr bc iql | combo cql | diffuser | dt",
+    "minibatch": "awac bc combo cql iql | awr | diffuser | dt",
+    "train_chunk": "awac bc cql iql | awr | combo | diffuser dt",
     "Window": "diffuser | dt",
     "Block": "diffuser | dt",
-    "check": "combo | diffuser | dt",
+    "check": "awr | combo | diffuser | dt",
 }
 SHARED = """env env_id seed num_seeds num_updates eval_every eval_episodes out resume wandb
 batch_size gamma lr actor_lr critic_lr polyak widths normalize""".split()
