@@ -20,7 +20,7 @@ import tyro
 
 from benchmarks.scores import figures
 from benchmarks.scores import tables as score_tables
-from benchmarks.scores.runs import add, comparable_runs, finished, merge
+from benchmarks.scores.runs import NAMES, add, comparable_runs, finished, merge
 from benchmarks.scores.tables import markdown
 from benchmarks.speed import tables as speed_tables
 from benchmarks.studies import claims_pictures
@@ -50,7 +50,7 @@ def beside_peers(runs, peers):
     """[(dataset, algorithm, updates, our scores (S, E), peer's name, its scores)]."""
     groups = defaultdict(list)
     for peer in sorted(peers, key=lambda p: (p["algorithm"], p["updates"], p["seed"])):
-        groups[peer["algorithm"].upper(), peer["data"]["name"], peer["updates"]].append(peer)
+        groups[NAMES[peer["algorithm"]], peer["data"]["name"], peer["updates"]].append(peer)
     found = []
     for (algorithm, dataset, updates), group in groups.items():
         low, high = group[0]["data"]["ref"]
@@ -106,7 +106,7 @@ def parity_table(rows):
     for (algorithm, peer), found in groups.items():
         cells = [f"{max(found[kind]):.0e}" if found[kind] else "" for kind in kinds]
         total = sum(map(len, found.values()))
-        lines.append([algorithm.upper(), peer, *cells, total])
+        lines.append([NAMES.get(algorithm, algorithm.upper()), peer, *cells, total])
     return markdown(["algorithm", "peer", *kinds, "numbers"], lines)
 
 
@@ -115,7 +115,7 @@ def resume_table(rows):
     phases = ["training", "evaluating", "writing the checkpoint"]
     lines = []
     for row in rows:
-        cells = [row["algorithm"].upper(), row["kills"], *(row["phases"].get(x, 0) for x in phases)]
+        cells = [NAMES[row["algorithm"]], row["kills"], *(row["phases"].get(x, 0) for x in phases)]
         lines.append([*cells, row["runs"], f"{row['runs_with_equal_bits']} of {row['runs']}"])
     return markdown(["", "kills", *phases, "runs", "equal bits at the end"], lines)
 

@@ -17,7 +17,7 @@ from benchmarks.scores.runs import (
 from common.experiment import statistics
 
 OKABE_ITO = "0.6 0.2 #e69f00 #0072b2 #d55e00 #cc79a7 #009e73 #56b4e9".split()
-MORE = [matplotlib.colors.to_hex(x) for x in matplotlib.colormaps["tab20b"].colors]
+MORE = [matplotlib.colors.to_hex(x) for x in matplotlib.colormaps["tab20"].colors]
 COLORS = dict(zip(STANDARD, OKABE_ITO + MORE, strict=False))
 LEVELS = {"data's mean": "--", "behaviour policy, greedy": ":"}
 DASHES = {True: "-", False: (0, (3, 1))}  # more than one seed; one

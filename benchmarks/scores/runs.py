@@ -14,6 +14,12 @@ import numpy as np
 NAMES = {  # algorithms in their standard setting; with other flags it is a variant
     "bc": "BC",
     "bc --fraction 0.1": "10%BC",
+    "sac": "SAC",
+    "td3_bc": "TD3+BC",
+    "rebrac": "ReBRAC",
+    "bcq": "BCQ",
+    "bear": "BEAR",
+    "awr": "AWR",
     "awac": "AWAC",
     "iql": "IQL",
     "cql": "CQL",

@@ -81,6 +81,7 @@ def long_table(runs):
         groups[run["dataset"]].append(run)
     rows = []
     for dataset, group in sorted(groups.items()):
+        dataset = short(dataset)
         for name, x in behaviour(group[0]).items():
             rows.append([dataset, f"*{name}*", "", "", f"{score(group[0], x):.1f}", "", f"{x:.0f}"])
         for run in group:
