@@ -9,15 +9,16 @@
         run.save(step, state)
     run.finish()
 
-`read`, `build`, `module`, `restore` and `last_step` read a run folder; `statistics` summarises
+`read`, `read_returns`, `restore` and `last_step` read a run folder; `statistics` summarises
 scores over seeds. To use a trained policy in your own code: `evaluation.load_policy`.
 """
 
 from common.experiment import statistics
 from common.experiment.checkpoint import RunError
-from common.experiment.config import resolve
-from common.experiment.folders import build, last_step, module, read, restore
-from common.experiment.records import TIMING
+from common.experiment.config import read, resolve
+from common.experiment.files import UserError, printable
+from common.experiment.folders import last_step, module, restore
+from common.experiment.records import TIMING, read_returns
 from common.experiment.run import Run
 from common.experiment.runtime import machine
 
@@ -25,11 +26,13 @@ __all__ = [
     "TIMING",
     "Run",
     "RunError",
-    "build",
+    "UserError",
     "last_step",
     "machine",
     "module",
+    "printable",
     "read",
+    "read_returns",
     "resolve",
     "restore",
     "statistics",

@@ -16,27 +16,16 @@ import jax
 import jax.numpy as jnp
 from flax import serialization
 
-
-class RunError(SystemExit):
-    """An error that the user can correct: one message on stderr, exit code 1, no traceback."""
+from common.experiment import files
 
 
-def write(path, content):
-    """Writes text or bytes to a temporary name, flushes them to the disk and renames the file.
-
-    A reader sees the old or the new content, never a part of it. Raises OSError.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+class RunError(files.UserError):
+    """An error of a run that the user can correct."""
 
 
 @contextmanager
 def lock(folder):
-    """Keeps other processes from training in a run folder. Raises RunError if one already does.
+    """Keeps other processes from changing a run folder. Raises RunError if one already trains.
 
     Does nothing on a file system without locks.
     """
@@ -73,8 +62,8 @@ def save(folder, step, state):
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
-        write(new / "state.msgpack", raw)
-        write(new / "checkpoint.json", json.dumps(note))
+        files.write(new / "state.msgpack", raw)
+        files.write(new / "checkpoint.json", json.dumps(note))
         if now.exists():  # else `old` may be the only intact one
             shutil.rmtree(old, ignore_errors=True)
             now.rename(old)
@@ -86,35 +75,56 @@ def save(folder, step, state):
 def read(folder, keep_damaged=False):
     """(step, state dict) of the newest intact checkpoint; (0, None) if none was ever written.
 
-    If the newest one is damaged, stderr says so and the one before it is read. keep_damaged: rename
-    a damaged one to `checkpoint.damaged`, so that `save` does not keep it as `checkpoint.old`.
-    Raises RunError if all are damaged.
+    If the newest one is damaged, stderr says so and the one before it is read. keep_damaged, only
+    under the lock: rename a damaged one to `checkpoint.damaged`, so that `save` does not keep it as
+    `checkpoint.old`. Raises RunError if all are damaged. Without the lock a run may save meanwhile;
+    then the folder is read again.
     """
+    paths = folder / "checkpoint", folder / "checkpoint.old"
+    for _ in range(20):
+        before = list(map(_identity, paths))
+        found, damaged = _read_intact(paths)
+        if (found and not damaged) or before == list(map(_identity, paths)):
+            break
+    if damaged and not found:
+        raise RunError("\n".join([*damaged, f"No intact checkpoint is left in {folder}."]))
+    for line in damaged:
+        print(files.printable(f"{line} Using checkpoint.old, step {found[0]:,}."), file=sys.stderr)
+    if damaged and keep_damaged:
+        shutil.rmtree(folder / "checkpoint.damaged", ignore_errors=True)
+        (folder / "checkpoint").rename(folder / "checkpoint.damaged")
+    return found or (0, None)
+
+
+def _identity(path):
+    """What tells a folder from another one of that name; None without one."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns
+
+
+def _read_intact(paths):
+    """((step, state dict) of the first intact checkpoint or None, sentences on those before it)."""
     damaged = []
-    for path in filter(Path.exists, (folder / "checkpoint", folder / "checkpoint.old")):
+    for path in filter(os.path.lexists, paths):
         try:
-            note = json.loads((path / "checkpoint.json").read_text("utf-8"))
-            raw = (path / "state.msgpack").read_bytes()
+            note = files.read_json(path / "checkpoint.json")
+            raw = files.read(path / "state.msgpack", most=2**40)
             if (size := note["bytes"]) != len(raw):
                 raise ValueError(f"state.msgpack has {len(raw)} bytes instead of {size}")
             if note["sha256"] != hashlib.sha256(raw).hexdigest():
                 raise ValueError("state.msgpack does not have the SHA-256 in checkpoint.json")
             tree = serialization.msgpack_restore(raw)
             step, state = tree["step"], tree["state"]
-            if step != note["step"]:
+            if type(step) is not int or step != note["step"]:
                 raise ValueError(f"checkpoint.json says step {note['step']}, the state is {step}")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            damaged.append(f"{path} is damaged: {error}.")
+        except Exception as error:  # flax and msgpack raise many kinds for foreign content
+            damaged.append(f"{path} is damaged: {error or type(error).__name__}.")
             continue
-        for line in damaged:
-            print(f"{line} Using {path.name}, step {step:,}.", file=sys.stderr)
-        if damaged and keep_damaged:
-            shutil.rmtree(folder / "checkpoint.damaged", ignore_errors=True)
-            (folder / "checkpoint").rename(folder / "checkpoint.damaged")
-        return step, state
-    if damaged:
-        raise RunError("\n".join([*damaged, f"No intact checkpoint is left in {folder}."]))
-    return 0, None
+        return (step, state), damaged
+    return None, damaged
 
 
 def fill(template, saved):
@@ -135,5 +145,5 @@ def fill(template, saved):
         tree = serialization.to_state_dict(template)
         tree = jax.tree_util.tree_map_with_path(place, tree, saved)
         return serialization.from_state_dict(template, tree)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"The checkpoint does not fit this program: {error}.") from None

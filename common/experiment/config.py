@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import math
 import os
 import re
@@ -40,17 +41,13 @@ def resolve(cfg, tuned=None, dataset=None):
     Raises RunError for a value out of range, for one that contradicts the dataset, and for a flag
     that conflicts with the stored config (`resume`, `out` and `wandb` may differ).
     """
+    if "--resume=" in sys.argv or ("--resume", "") in itertools.pairwise(sys.argv):
+        raise RunError("--resume '': needs a run folder.")
     cfg = _resumed(cfg) if cfg.resume else cfg
     if dataset is not None:
         cfg = dataclasses.replace(cfg, env=dataset.name)
     cfg = _filled(cfg, tuned or {}, told=dataset is not None)
-    where = f"{cfg.resume}/config.json: " if cfg.resume else ""  # nobody typed it
-    comments = _comments(type(cfg))
-    for field in dataclasses.fields(cfg):
-        rule, good = _range(field, comments.get(field.name, ""))
-        _check(f"{where}{_flag(field.name)}", getattr(cfg, field.name), rule, good)
-    if cfg.seed + cfg.num_seeds > 2**31:
-        raise RunError(f"--seed {cfg.seed}: the last seed must be 2,147,483,647 or less.")
+    _in_range(cfg, f"{cfg.resume}/config.json: " if cfg.resume else "")  # nobody typed it
     if dataset is not None:
         _agree(cfg, dataset)
     total, every = cfg.num_updates, min(cfg.eval_every, cfg.num_updates)
@@ -60,6 +57,28 @@ def resolve(cfg, tuned=None, dataset=None):
         raise RunError(f"--num-updates {total}: {rule}; {near}.")
     log_every = next(n for n in range(min(cfg.log_every, every), 0, -1) if every % n == 0)
     return dataclasses.replace(cfg, eval_every=every, log_every=log_every)
+
+
+def read(folder, kind=None):
+    """(config.json's content, its config as the dataclass `kind`) of a run folder.
+
+    kind: None: that of the algorithm's own file. Raises RunError, and where `resolve` would.
+    """
+    info = folders.read(folder)
+    kind = kind or folders.module(info["algorithm"]).Config
+    cfg = folders.build(kind, info["config"], folder)
+    _in_range(cfg, f"{folder / 'config.json'}: ")
+    return info, cfg
+
+
+def _in_range(cfg, where):
+    """Raises RunError for a field out of its range; `where` comes first in the message."""
+    comments = _comments(type(cfg))
+    for field in dataclasses.fields(cfg):
+        rule, good = _range(field, comments.get(field.name, ""))
+        _check(f"{where}{_flag(field.name)}", getattr(cfg, field.name), rule, good)
+    if cfg.seed + cfg.num_seeds > 2**31:
+        raise RunError(f"{where}--seed {cfg.seed}: the last seed must be 2,147,483,647 or less.")
 
 
 def _filled(cfg, tuned, told):

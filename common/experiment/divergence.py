@@ -1,12 +1,13 @@
 """The seeds of a run that have diverged, and their last good states."""
 
 import json
+import os
 
 import jax
 import numpy as np
 from flax import serialization
 
-from common.experiment import checkpoint
+from common.experiment import checkpoint, files
 from common.experiment.checkpoint import RunError
 
 EXPLODED = 1e3  # limit of a Q-value, in units of the most that an episode of the data could earn
@@ -54,7 +55,7 @@ class Divergence:
                 self._found[str(self._seeds[i])] = {"step": step, "message": message}
         if new := self.messages[told:]:
             path = self._folder / "diverged.json"
-            checkpoint.write(path, json.dumps(self._found, indent=1) + "\n")
+            files.write(path, json.dumps(self._found, indent=1) + "\n")
         return new
 
     def stop_if_all(self, new):
@@ -79,4 +80,5 @@ class Divergence:
 def read(folder):
     """{seed: {"step": ..., "message": ...}} of the diverged seeds in a run folder."""
     path = folder / "diverged.json"
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    found = files.read_json(path) if os.path.lexists(path) else {}
+    return {seed: {"step": int(x["step"]), "message": str(x["message"])} for seed, x in found.items()}

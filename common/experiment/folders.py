@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import math
 import os
 import re
 import sys
@@ -14,7 +15,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from common.experiment import checkpoint, divergence
+from common.experiment import checkpoint, divergence, files
 from common.experiment.checkpoint import RunError
 from common.experiment.runtime import PROJECT
 
@@ -27,6 +28,22 @@ def algorithm(cfg):
 def dims(dataset):
     """[N rows, D, A] of a Dataset."""
     return [*dataset.obs.shape, dataset.action.shape[1]]
+
+
+def checksums(dataset):
+    """{name: CRC-32} of the arrays of a Dataset."""
+    names = "obs action reward next_obs done start length".split()
+    return {name: files.checksum(getattr(dataset, name)) for name in names}
+
+
+def is_same_data(info, dataset):
+    """Whether a Dataset is the one that config.json, `info`, tells of."""
+    began = info["dataset"]
+    return (
+        info["dims"] == dims(dataset)
+        and began.get("sha256") == dataset.provenance.get("sha256")
+        and ("crc32" not in began or began["crc32"] == checksums(dataset))
+    )
 
 
 def create(cfg, dataset, facts):
@@ -46,10 +63,11 @@ def create(cfg, dataset, facts):
             break
     about = {"name": dataset.name, "env_id": dataset.env_id, **dataset.provenance}
     about |= {"ref_min_score": dataset.ref_min, "ref_max_score": dataset.ref_max}
+    about |= {"crc32": checksums(dataset)}
     about |= {"mean_return": float(returns.mean()), "best_return": float(returns.max())}
     info = {"algorithm": algorithm(cfg), "config": vars(cfg), "dataset": about, **facts}
     info |= {"command": sys.argv, "dims": dims(dataset)}
-    checkpoint.write(folder / "config.json", json.dumps(info, indent=2) + "\n")
+    files.write(folder / "config.json", json.dumps(info, indent=2) + "\n")
     return folder
 
 
@@ -57,15 +75,20 @@ def read(folder):
     """The content of config.json, a dict; its `dims` are N rows, D and A. Raises RunError."""
     path = folder / "config.json"
     try:
-        info = json.loads(path.read_text("utf-8"))
+        info = files.read_json(path)
         values = [info[name] for name in ("algorithm", "config", "dataset")] + info["dims"]
+        data = {"env_id": "", "ref_min_score": None, "ref_max_score": None} | info["dataset"]
+        refs = [data["ref_min_score"], data["ref_max_score"]]
     except OSError as error:
         raise RunError(f"{folder} is not a run folder: {path.name}: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged: {error!r}.") from None
-    if list(map(type, values)) != [str, dict, dict, int, int, int]:
-        raise RunError(f"{path} is damaged: a value in it has the wrong type.")
-    return info
+    numbers = all(type(x) in (int, float) for x in refs) and refs[1] - refs[0] < math.inf
+    scored = refs == [None, None] or (numbers and refs[0] < refs[1])
+    types = [*map(type, values), type(data["env_id"])]
+    if types != [str, dict, dict, int, int, int, str] or min(values[3:]) < 1 or not scored:
+        raise RunError(f"{path} is damaged: a value in it is of the wrong kind.")
+    return info | {"dataset": data}
 
 
 def build(kind, values, folder):

@@ -1,6 +1,11 @@
 """The learning curve of a run."""
 
+import io
+import warnings
+
 import numpy as np
+
+from common.experiment import files
 
 
 def plot(path, title, columns, levels):
@@ -43,9 +48,14 @@ def plot(path, title, columns, levels):
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(left=0)
         axis.legend(frameon=False, loc="lower right", fontsize=9)
-    axes[0, 0].set_title(title, loc="left", fontsize=11)
+    title = files.printable(title)  # a dataset's name: no formula, and not in every font
+    axes[0, 0].set_title(title, loc="left", fontsize=11, parse_math=False)
     axes[-1, 0].set_xlabel("gradient updates")
     axes[-1, 0].xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.tight_layout()
+        figure.savefig(picture, dpi=150, format="png")
+    files.write(path, picture.getvalue())
     pyplot.close(figure)

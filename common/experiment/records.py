@@ -4,9 +4,21 @@ import json
 
 import numpy as np
 
-from common.experiment import checkpoint
+from common.experiment import files
 
 TIMING = ("seconds", "updates_per_second")  # last columns, the only ones that differ between runs
+
+
+def read_returns(folder, seeds, episodes):
+    """{step: (seeds, episodes) nested lists} in returns.json, step a decimal number.
+
+    Raises OSError, and ValueError or TypeError for damaged content.
+    """
+    returns = files.read_json(folder / "returns.json")
+    shapes = {np.shape(np.array(x, float)) for at, x in returns.items() if int(at) >= 0}
+    if shapes - {(seeds, episodes)}:
+        raise ValueError(f"returns.json has not {episodes} returns of each seed")
+    return returns
 
 
 class Records:
@@ -27,17 +39,14 @@ class Records:
         chunk: updates between two rows of a seed. episodes: of one seed's evaluation. Raises
         FileNotFoundError, and ValueError, TypeError or IndexError for damaged content.
         """
-        header, *lines = (self._folder / "metrics.csv").read_text("utf-8").splitlines()
+        header, *lines = files.read(self._folder / "metrics.csv").decode("utf-8").splitlines()
         lines = [line for line in lines if int(line.split(",")[0]) <= step]
         table = np.array([line.split(",") for line in lines], float)  # rows of equal length
         count = step // chunk * len(self._seeds)
         if len(table) != count or (count and table.shape[1] != len(header.split(","))):
             raise ValueError(f"not {count} whole rows up to step {step}")
-        returns = json.loads((self._folder / "returns.json").read_text("utf-8"))
+        returns = read_returns(self._folder, len(self._seeds), episodes)
         returns = {at: x for at, x in returns.items() if int(at) <= step}
-        shapes = {np.shape(np.array(x, float)) for x in returns.values()}
-        if shapes - {(len(self._seeds), episodes)}:
-            raise ValueError(f"not {episodes} returns of each seed")
         self._lines, self._returns = [header, *lines], returns
 
     @property
@@ -58,12 +67,12 @@ class Records:
         self._lines = self._lines or [header]
         for row in zip(self._seeds, *columns.values(), strict=True):
             self._lines.append(",".join(map(str, (step, *row))))
-        checkpoint.write(self._folder / "metrics.csv", "\n".join(self._lines) + "\n")
+        files.write(self._folder / "metrics.csv", "\n".join(self._lines) + "\n")
 
     def add_returns(self, step, returns):
         """Keeps the returns (S, episodes) of the evaluation at `step`."""
         self._returns[str(step)] = returns.tolist()
-        checkpoint.write(self._folder / "returns.json", json.dumps(self._returns) + "\n")
+        files.write(self._folder / "returns.json", json.dumps(self._returns) + "\n")
 
     def columns(self):
         """{name: (T, S)} of the T chunks so far, `step` and `seed` among them."""

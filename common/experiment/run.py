@@ -4,12 +4,12 @@ import inspect
 import os
 import shlex
 import time
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
-from common.experiment import checkpoint, folders, plots, runtime, statistics
+from common.experiment import checkpoint, files, folders, plots, runtime, statistics
 from common.experiment.checkpoint import RunError
 from common.experiment.divergence import Divergence
 from common.experiment.loggers import Loggers
@@ -23,8 +23,8 @@ class Run:
     cfg: a config from `resolve`. dataset: datasets.Dataset.
     folder: Path of the run folder. step: step of the last checkpoint, 0 before the first.
 
-    Raises RunError if the folder cannot be written, and if a resumed run does not fit the dataset
-    or is damaged.
+    The folder is locked until `finish`, or until `steps` is left early. Raises RunError if it
+    cannot be written, and if a resumed run does not fit the dataset or is damaged.
     """
 
     def __init__(self, cfg, dataset):
@@ -33,14 +33,18 @@ class Run:
         self._display, self._facts, self._saved = Display(), runtime.machine(), None
         self._chunks, self._stopping, self._outcome = 0, False, ""
         self._seeds = cfg.seed + np.arange(cfg.num_seeds)
-        with self._writing():
+        with ExitStack() as lock, self._writing():
             if not cfg.resume:
                 self.folder = folders.create(cfg, dataset, self._facts)
+            lock.enter_context(checkpoint.lock(self.folder))
             self._records = Records(self.folder, self._seeds)
             self._divergence = Divergence(self.folder, self._seeds, dataset)
             if cfg.resume:
                 self._reopen()
-        self._loggers = Loggers(self.folder, self._seeds, vars(cfg) if cfg.wandb else None)
+            self._loggers = Loggers(self.folder, self._seeds, vars(cfg) if cfg.wandb else None)
+            self._lock = lock.pop_all()
+        if self.step:
+            runtime.last_words = self._resume_hint()
         behaviour = self._describe(dataset.returns())
         self.log(f"{dataset.name}: {len(dataset.obs):,} transitions, behaviour's {behaviour}")
         seeds = "1 seed" if cfg.num_seeds == 1 else f"{cfg.num_seeds} seeds"
@@ -52,12 +56,15 @@ class Run:
 
     def _reopen(self):
         """Reads the last checkpoint and what was recorded up to it."""
+        files.refuse_links(self.folder)
         info = folders.read(self.folder)
-        self.step, self._saved = checkpoint.read(self.folder, keep_damaged=True)
-        began, now = info["dataset"].get("sha256"), self.dataset.provenance.get("sha256")
-        if began != now or info["dims"] != folders.dims(self.dataset):
+        if not folders.is_same_data(info, self.dataset):
             name = self.dataset.name
             raise RunError(f"{name} is not the data that {self.folder} was started with.")
+        if self._facts["jax"] != (began := info.get("jax", self._facts["jax"])):
+            raise RunError(f"{self.folder} was started with the JAX settings {began}, not with "
+                           f"{self._facts['jax']}.")  # fmt: skip
+        self.step, self._saved = checkpoint.read(self.folder, keep_damaged=True)
         if self.step < self.cfg.num_updates and not os.access(self.folder, os.W_OK):
             raise RunError(f"{self.folder} cannot be written to.")
         how = "Restore it from a copy, or start a new run"
@@ -126,10 +133,11 @@ class Run:
         if self.step:
             self.log(f"Resumed at step {self.step:,}.")
         with (
-            checkpoint.lock(self.folder),
+            ExitStack() as lock,
             closing(self._loggers),
             runtime.on_interrupt(self._stop_soon, self._stop_now),
         ):
+            lock.push(self._lock)
             try:
                 for step in range(self.step + every, total + 1, every):
                     self._begin = time.perf_counter()
@@ -138,6 +146,7 @@ class Run:
                         self._display.stop()
                         self.log(f"Stopped. {self._resume_hint()}")
                         raise SystemExit(130)
+                lock.pop_all()  # `finish` releases it
             finally:
                 self._display.stop()
 
@@ -211,12 +220,17 @@ class Run:
             with self._writing():
                 checkpoint.save(self.folder, step, self._divergence.with_last_good(state))
             self.step = step
+            runtime.last_words = self._resume_hint()
 
     def finish(self):
         """Draws curve.png and prints the final score with its interval.
 
         Diverged seeds are left out. Does nothing if the run was already finished when resumed.
         """
+        with self._lock:
+            self._finish()
+
+    def _finish(self):
         path, dataset = self.folder / "curve.png", self.dataset
         if not self._chunks and path.exists():
             return
@@ -244,4 +258,6 @@ class Run:
 
 def _short(path):
     """The path, or the path from the working directory if that is shorter."""
-    return min(str(path), os.path.relpath(path), key=len)
+    with suppress(OSError):  # the working directory is gone
+        return min(str(path), os.path.relpath(path), key=len)
+    return str(path)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +15,36 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from common.experiment import files
+from common.experiment.checkpoint import RunError
+
 PROJECT = Path(__file__).resolve().parents[2]
 PACKAGES = ["jax", "jaxlib", "flax", "optax", "distrax", "gymnasium", "mujoco", "numpy"]
+ROOM = 2**28  # bytes that a disk must have left for compiled programs
+last_words = ""  # what Ctrl-C outside of a run's steps adds to "Stopped."
+
+
+def _excepthook(kind, error, trace, before=sys.excepthook):
+    """Ends a command at Ctrl-C with one sentence and exit code 130."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return before(kind, error, trace)
+    with suppress(OSError, ValueError, AttributeError):
+        print(f"Stopped. {last_words}".rstrip(), file=sys.stderr)
+        sys.stdout.flush()
+    os._exit(130)
+
+
+sys.excepthook = _excepthook
+
+
+def check_device():
+    """Raises RunError unless JAX has a device, as with JAX_PLATFORMS=cuda and no GPU."""
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        asked = os.environ.get("JAX_PLATFORMS")
+        raise RunError(f"JAX has no device: {why} (JAX_PLATFORMS is {asked})") from None
 
 
 def shard_seeds(tree):
@@ -34,7 +63,7 @@ def shard_seeds(tree):
 def keep_programs():
     """Keeps compiled programs in $XDG_CACHE_HOME/stillwater or ~/.cache/stillwater.
 
-    The user's own JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE takes precedence.
+    Keeps none where others could write to that folder or one above it, and on a full disk. The user's own JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE takes precedence.
     Programs are machine code and machines may share a home, so each kind of processor has its own
     folder.
     """
@@ -44,13 +73,12 @@ def keep_programs():
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         words += next((x for x in lines if x.startswith(("flags", "Features"))), "")
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     kind = hashlib.sha256(words.encode()).hexdigest()[:16]
-    folder = Path(root, "stillwater", "programs", kind)
     with suppress(OSError):  # a read-only home: every start compiles
-        # 0700: whoever can write to this folder can run code as this user
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
+        folder = files.cache_folder() / "programs" / kind
+        files.make_private(folder)  # whoever can write to it can run code as this user
+        full = shutil.disk_usage(folder).free < ROOM  # JAX waits for each program that finds none
+        if os.access(folder, os.W_OK) and not full:
             jax.config.update("jax_compilation_cache_dir", str(folder))
             jax.config.update("jax_compilation_cache_max_size", 2**30)  # bytes; oldest go first
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -105,7 +133,12 @@ def quiet_interrupt():
 
 
 def machine():
-    """What a run's bits depend on besides its config, as plain data: versions, commit, device."""
+    """What a run's bits depend on besides its config, as plain data.
+
+    "jax": settings that decide which numbers are drawn and of what kind. "xla": settings that
+    decide in which order numbers are added.
+    """
+    check_device()
     versions = {"python": sys.version.split()[0]}
     for name in PACKAGES:
         with suppress(metadata.PackageNotFoundError):
@@ -119,4 +152,20 @@ def machine():
         "versions": versions,
         "commit": commit or None,
         "device": f"CPU, {os.cpu_count()} cores" if device.endswith("x cpu") else device,
+        "jax": {
+            "prng": jax.config.jax_default_prng_impl,
+            "partitionable": jax.config.jax_threefry_partitionable,
+            "x64": jax.config.jax_enable_x64,
+        },
+        "xla": {
+            "devices": jax.local_device_count(),
+            "threads": int(os.environ.get("NPROC") or 0) or cores(),  # as XLA counts them
+            "matmul_precision": jax.config.jax_default_matmul_precision,
+            "flags": os.environ.get("XLA_FLAGS", ""),
+        },
     }
+
+
+def cores():
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
