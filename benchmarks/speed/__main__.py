@@ -37,7 +37,7 @@ from common import datasets, evaluation, experiment
 ROOT = Path(__file__).resolve().parents[2]
 
 DATA = "stillwater/halfcheetah/medium-v0"
-COMBO = dict(beta=0.5, horizon=5)
+COMBO = dict(beta=0.5, horizon=5, num_actions=10)  # as many actions as CQL and its peer
 DIFFUSER = dict(horizon=32, multiples=(1, 2, 4, 8), batch_size=32, diffusion_steps=20)
 UPDATES = {  # name: (algorithm, what departs from its defaults)
     "bc": ("bc", {}),

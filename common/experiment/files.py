@@ -112,6 +112,8 @@ def make_private(folder):
     folder = folder.resolve()
     for path in (folder, *folder.parents):
         about = path.stat()
-        open_to_others = about.st_mode & 0o022 and (path == folder or not about.st_mode & stat.S_ISVTX)
+        open_to_others = about.st_mode & 0o022 and (
+            path == folder or not about.st_mode & stat.S_ISVTX
+        )
         if about.st_uid not in (0, os.geteuid()) or open_to_others:
             raise OSError(errno.EPERM, "Others can write to it", str(path))
