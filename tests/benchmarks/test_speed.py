@@ -3,7 +3,6 @@
 import io
 import tarfile
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
