@@ -1,14 +1,15 @@
-"""Policies -> returns; a run's policy for one's own code; facts about environments.
+"""Evaluates policies in Gymnasium environments, and loads trained ones.
 
     returns = evaluation.evaluate(policy, "Hopper-v5", num_seeds=1, episodes=10)  # (1, 10)
     policy = evaluation.load_policy("runs/iql/...")
     action = policy(obs)  # obs (..., D) -> action (..., A) in [-1, 1]
 
-`termination` tells a learned model where the real environment ends an episode. A trained run is
-scored again, or filmed, by
+`termination` tells a learned model where the real environment ends an episode. These commands score
+a trained run again, film it, and export its policy:
 
     python -m common.evaluation runs/iql/...
     python -m common.evaluation runs/iql/... --video hopper.mp4
+    python -m common.evaluation runs/iql/... --export policy.npz
 """
 
 from common.evaluation.environments import (

@@ -1,4 +1,4 @@
-"""Scores or films a trained run: python -m common.evaluation runs/iql/..."""
+"""Scores, films or exports a trained run: python -m common.evaluation runs/iql/..."""
 
 import functools
 import json
@@ -20,28 +20,27 @@ def main(
     episodes: int = 0,
     seed: int = 0,
 ):
-    """Score a run's last checkpoint, every seed, as its training did; or film or export one seed.
+    """Score every seed of a run's last checkpoint as training does, or film or export one seed.
 
     Args:
         run: run folder
-        video: film to write instead of scoring, .mp4 or .gif
-        export: file to write the policy to: .npz for NumPy alone, .stablehlo for any JAX
+        video: film one seed instead, to this .mp4 or .gif file
+        export: export one seed's policy instead: .npz for NumPy, .stablehlo for JAX
         episodes: number of episodes; 0: as many as in training, one for a film
-        seed: which of the run's seeds to film or export, counted from 0
+        seed: the seed to film or export, counted from 0
     """
     if video:
         films.choose_renderer()
     module, cfg, state = evaluation.load(run)
-    data = json.loads((run / "config.json").read_text())["dataset"]
-    env_id = data["env_id"]
+    info = json.loads((run / "config.json").read_text())
+    data, env_id = info["dataset"], info["dataset"]["env_id"]
     if not 0 <= seed < cfg.num_seeds:
         raise evaluation.EvaluationError(
-            f"--seed {seed}: {run} holds seeds 0 to {cfg.num_seeds - 1}, counted from 0."
+            f"--seed {seed}: {run} has seeds 0 to {cfg.num_seeds - 1}, counted from 0."
         )
     if export:
         one = jax.tree.map(lambda x: x[seed], state)
-        obs_dim = json.loads((run / "config.json").read_text())["dims"][1]
-        path = exports.export(export, jax.jit(module.policy(cfg)), one, env_id, obs_dim)
+        path = exports.export(export, jax.jit(module.policy(cfg)), one, env_id, info["dims"][1])
         print(f"{path}: the policy of seed {cfg.seed + seed}")
         return
     act = jax.jit(jax.vmap(module.policy(cfg), (0, 0, 0, 0, None)))

@@ -1,9 +1,9 @@
-"""Gymnasium environments: made, inspected; gymnasium-robotics' mazes in the form of the others.
+"""Makes and inspects Gymnasium environments; gives mazes flat observations.
 
-A PointMaze's observation is a vector (x, y, vx, vy, goal x, goal y) in metres and metres a second.
-Its goal stands still, in the middle of the cell that D4RL's maze2d chose. Its reward is left as it
-is: 1 for each step that ends within 0.45 m of the goal (Dense: exp of minus the distance), until
-the time limit. Starts are drawn anew for each episode.
+The observation of a PointMaze (gymnasium-robotics) is a vector (x, y, vx, vy, goal x, goal y) in
+metres and metres per second. Its goal is fixed in the middle of the cell that D4RL's maze2d uses.
+Its reward is the environment's own: 1 for each step that ends within 0.45 m of the goal (Dense:
+exp(-distance)), until the time limit. The start is drawn for each episode.
 """
 
 import contextlib
@@ -21,32 +21,32 @@ GOALS = {"UMaze": (1, 1), "Medium": (6, 6), "Large": (7, 9)}  # (row, column)
 
 
 class EvaluationError(SystemExit):
-    """Something a user can put right: uncaught, it prints its one message and exits with 1."""
+    """An error that the user can correct: one message on stderr, exit code 1, no traceback."""
 
 
 class Env(NamedTuple):
-    """What a dataset must agree with; the defaults stand for an unknown environment."""
+    """What a dataset must agree with; the defaults describe an unknown environment."""
 
     env_id: str = ""
     obs_dim: int = 0
-    low: np.ndarray = np.float32([-1])  # (A,) or (1,), bounds of its actions
-    high: np.ndarray = np.float32([1])
-    limit: int = 0  # steps of an episode at most; 0: unknown
+    low: np.ndarray = np.float32([-1])  # (A,) or (1,), lower bounds of the actions
+    high: np.ndarray = np.float32([1])  # upper bounds
+    limit: int = 0  # time limit of an episode in steps; 0: unknown
 
 
 def make(env_id, **kwargs):
-    """A Gymnasium environment that takes actions in [-1, 1], whatever its own bounds.
+    """A Gymnasium environment that takes actions in [-1, 1], whatever its own bounds are.
 
-    Raises EvaluationError for an id that Gymnasium cannot make, observations or actions that are
-    not plain vectors, and a missing time limit.
+    kwargs: of gymnasium.make. Raises EvaluationError for an id that Gymnasium cannot make, for
+    observations or actions that are not vectors, and for an environment without a time limit.
     """
-    import mujoco  # not above: --video chooses the renderer before
+    import mujoco  # here, because --video must choose the renderer first
 
     if not env_id or ":" in env_id:  # "module:id" would import the module
         raise EvaluationError(f"--env-id {env_id!r} is not the id of a Gymnasium environment.")
-    mujoco.set_mju_user_warning(lambda message: None)  # else: MUJOCO_LOG.TXT (settotalmass, mostly)
+    mujoco.set_mju_user_warning(lambda message: None)  # it would write MUJOCO_LOG.TXT
     try:
-        with warnings.catch_warnings():  # v4 is the right version for D4RL's data
+        with warnings.catch_warnings():  # D4RL's scores are on v4
             warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
             env = make_raw(env_id, **kwargs)
     except (gymnasium.error.Error, ImportError) as error:
@@ -56,7 +56,7 @@ def make(env_id, **kwargs):
     if not (vectors and action.is_bounded() and limit):
         raise EvaluationError(
             f"Cannot score on {env_id}: it needs vectors as observations, bounded vectors as "
-            f"actions and a time limit; it has {obs}, {action} and {limit}."
+            f"actions and a time limit, but has {obs}, {action} and {limit}."
         )
     if np.any(action.low != -1) or np.any(action.high != 1):
         env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
@@ -64,48 +64,50 @@ def make(env_id, **kwargs):
 
 
 def inspect(env_id) -> Env:
-    """Sizes, action bounds and time limit of a registered environment. Raises EvaluationError."""
+    """The Env of a registered environment: sizes, action bounds, time limit.
+
+    Raises EvaluationError for an unknown id and for one whose observations or actions are not
+    vectors, or whose actions have no bounds.
+    """
     try:
         register(env_id)
     except ImportError as error:
         raise EvaluationError(f"{env_id} cannot be made: {error}") from None
     if env_id not in gymnasium.registry:  # a "module:Env-v0" would import the module
         near = difflib.get_close_matches(env_id, gymnasium.registry, 3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise EvaluationError(
-            f"{env_id!r} is not an environment that Gymnasium has registered{hint}"
-        )
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise EvaluationError(f"unknown environment {env_id!r}.{hint}")
     with contextlib.suppress(ImportError):
         import mujoco
 
-        mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model uses an old attribute
+        mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model has an old attribute
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # v4 is out of date, and what D4RL's scores are on
+            warnings.simplefilter("ignore")  # Gymnasium calls v4 out of date
             env = make_raw(env_id)
             env.close()
-    except Exception as error:  # whatever an environment's constructor may raise
+    except Exception as error:  # an environment's constructor may raise anything
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise EvaluationError(f"{env_id} cannot be made: {why}") from None
     obs, action = env.observation_space, env.action_space
     if not all(isinstance(s, gymnasium.spaces.Box) and len(s.shape) == 1 for s in (obs, action)):
         raise EvaluationError(
-            f"{env_id}: flat observations and actions are needed, not {obs}, {action}"
+            f"{env_id}: observations and actions must be vectors, not {obs} and {action}"
         )
     if not np.isfinite([action.low, action.high]).all():
-        raise EvaluationError(f"{env_id}: its actions have no bounds")
+        raise EvaluationError(f"{env_id}: actions must have bounds, not {action}")
     limit = gymnasium.spec(env_id).max_episode_steps or 0
     return Env(env_id, obs.shape[0], action.low, action.high, limit)
 
 
 def goal_cell(env_id):
-    """The cell where the goal stands still, or None: it is drawn anew for each episode."""
+    """(row, column) of the fixed goal in a PointMaze; None if goals are drawn for each episode."""
     kind, _, size = env_id.rpartition("-v")[0].partition("_")
     return GOALS.get(size.removesuffix("Dense")) if kind == "PointMaze" else None
 
 
 class FlatMaze(gymnasium.Wrapper):
-    """PointMaze with flat observations, and with a goal in the middle of the cell `goal`."""
+    """PointMaze with flat observations and a goal in the middle of the cell `goal`, if not None."""
 
     def __init__(self, env, goal):
         super().__init__(env)
@@ -116,7 +118,7 @@ class FlatMaze(gymnasium.Wrapper):
         maze = self.unwrapped
         cell = None if self._goal is None else np.array(self._goal)
         obs, info = self.env.reset(seed=seed, options={"goal_cell": cell, **(options or {})})
-        if cell is not None:  # there, but for the noise that the environment adds
+        if cell is not None:  # without the noise that the environment adds
             maze.goal = maze.maze.cell_rowcol_to_xy(cell)
             maze.update_target_site_pos()
         return self._flat(obs), info
@@ -130,27 +132,27 @@ class FlatMaze(gymnasium.Wrapper):
 
 
 def make_raw(env_id, **kwargs):
-    """gymnasium.make, with the environment's own bounds; ImportError if its package is missing."""
+    """gymnasium.make with the mazes registered. Raises ImportError if their package is missing."""
     register(env_id)
     env = gymnasium.make(env_id, disable_env_checker=True, **kwargs)
     if not env_id.startswith("PointMaze_"):
         return env
-    with contextlib.suppress(OSError):  # a copy of the model for each environment, else left behind
+    with contextlib.suppress(OSError):  # each environment leaves a copy of its model
         os.unlink(env.unwrapped.tmp_xml_file_path)
     return FlatMaze(env, goal_cell(env_id))
 
 
 def mazes_installed():
-    """Whether the package of the mazes is there."""
+    """Whether the package of the mazes, gymnasium-robotics, is installed."""
     return importlib.util.find_spec("gymnasium_robotics") is not None
 
 
 def register(env_id):
-    """Tell Gymnasium of the mazes, if env_id is one. Raises ImportError."""
+    """Registers the mazes if env_id is one. Raises ImportError if their package is missing."""
     if not env_id.startswith(("PointMaze_", "AntMaze_")):
         return
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # it greets with news on another robot
+        with contextlib.redirect_stderr(io.StringIO()):  # its import prints news
             import gymnasium_robotics
     except ImportError:
         raise ImportError("mazes need gymnasium-robotics, see requirements.txt") from None

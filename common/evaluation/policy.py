@@ -1,4 +1,4 @@
-"""A trained run's policy: loaded from its folder, called on observations."""
+"""The policy of a trained run, loaded from its folder and called on observations."""
 
 import json
 import os
@@ -14,25 +14,27 @@ from common import experiment
 
 
 def stateless(act):
-    """`act(state, obs) -> action` in the form of policies with memory: (state, carry, obs, reward,
-    key) -> (action, carry)."""
+    """A policy without memory in the form of one with memory.
+
+    act: (state, obs) -> action. Returns (state, carry, obs, reward, key) -> (action, carry).
+    """
     return lambda state, carry, obs, reward, key: (act(state, obs), carry)
 
 
 class Policy:
-    """One seed's policy; keeps its memory, if it has one, between the steps of an episode."""
+    """The policy of one seed; keeps its memory, if it has any, between the steps of an episode."""
 
     def __init__(self, act, state):
-        """act: (state, carry, obs, reward, key) -> (action, carry), see an algorithm's `policy`."""
+        """act: (state, carry, obs, reward, key) -> (action, carry), as an algorithm's `policy`."""
         self._act, self._state = jax.jit(act), state
         self.reset()
 
     def reset(self):
-        """Begin an episode."""
+        """Begins an episode: forgets the memory."""
         self._carry, self._key = None, jax.random.key(0)
 
     def __call__(self, obs, reward=0.0):
-        """obs (D,) or (E, D) -> action (A,) or (E, A) in [-1, 1], numpy.
+        """Action (A,) or (E, A) in [-1, 1], a NumPy array, for obs (D,) or (E, D).
 
         reward: of the last step, a number or (E,); only policies with memory use it.
         """
@@ -44,9 +46,10 @@ class Policy:
 
 
 def load(run):
-    """(the algorithm's module, cfg, state) of a run folder's last checkpoint, seeds on axis 0.
+    """(the algorithm's module, its config, its state with seeds on axis 0) of a run folder.
 
-    Raises RunError where the folder holds no run, or no checkpoint that fits this program.
+    The state is that of the last checkpoint. Raises RunError if the folder holds no run, or no
+    checkpoint that fits this program.
     """
     folder = Path(os.path.expanduser(run)).resolve()
     info = experiment.read(folder)
@@ -69,14 +72,15 @@ def load(run):
 def load_policy(run, seed_index=0):
     """The Policy of one seed of a run: `action = policy(obs)`; `policy.reset()` begins an episode.
 
-    run: its folder; seed_index: counted from 0, whatever the run's first seed. Raises RunError.
+    run: the run folder. seed_index: counted from 0, whatever the run's first seed is. Raises
+    RunError as `load` does.
     """
     module, cfg, state = load(run)
     return Policy(module.policy(cfg), jax.tree.map(lambda x: x[seed_index], state))
 
 
 def recorded(run):
-    """The returns (S, episodes) that training recorded at the last checkpoint, or None."""
+    """Returns (S, episodes) in lists that training recorded at the last checkpoint, or None."""
     folder = Path(os.path.expanduser(run)).resolve()
     step, path = experiment.last_step(folder), folder / "returns.json"
     returns = json.loads(path.read_text("utf-8")) if path.exists() else {}

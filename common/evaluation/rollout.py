@@ -1,4 +1,4 @@
-"""Whole episodes of many policies at once."""
+"""Runs whole episodes of many policies at once."""
 
 import functools
 import itertools
@@ -21,20 +21,21 @@ def evaluate(policy, env_id, num_seeds, episodes, seed=0):
     """Undiscounted returns of whole episodes, (num_seeds, episodes) float64.
 
     policy: (carry, obs (S, E, D), reward (S, E), key) -> (action (S, E, A), carry) for S seeds and
-        E episodes, which all begin together. Called once per time step, always with these shapes
-        in float32. carry is the policy's own memory, any pytree: None at the first step, then what
-        it returned (so a jitted one with memory compiles twice, one without it once). reward is
-        what the action before earned, 0 at first; key is fold_in(key(seed), time step). Actions
-        are clipped to [-1, 1].
-    seed: episode j of every policy seed is reset with environment seed `seed + j`: all seeds and
-        all evaluations meet the same starts.
+        E episodes, which all begin together. It is called once per time step, always with these
+        shapes in float32. carry is the policy's own memory, any pytree: None at the first step,
+        then what the policy returned (so a jitted policy with memory compiles twice). reward is
+        what the last action earned, 0 at first. key is fold_in(key(seed), time step). Actions are
+        clipped to [-1, 1].
+    env_id: as for `make`; raises EvaluationError as `make` does.
+    seed: episode j of every policy is reset with environment seed `seed + j`, so that all policies
+        and all evaluations have the same starts.
 
-    An episode that has ended is not stepped any more: there is no autoreset whose step could be
-    counted, and the policy sees its last observation until the longest episode has ended. A seed
-    with an action that is not finite has failed: its returns are all nan, the others go on.
-    No episodes: an empty array, and no environment is made. Raises EvaluationError as `make`.
-    Environments are kept and shared: not for several threads. They are stepped on all cores: MuJoCo
-    computes without Python's lock, and no episode knows of another.
+    An ended episode is not stepped or reset; its policy sees the last observation until the longest
+    episode ends. If an action is not finite, the returns of that seed are nan and the other seeds
+    continue. With 0 episodes no environment is made.
+
+    Environments are kept for the next call, so calls must not overlap in several threads. They are
+    stepped on all cores: MuJoCo releases Python's lock, and episodes are independent.
     """
     if episodes == 0:
         return np.zeros((num_seeds, 0))
@@ -49,7 +50,7 @@ _threads = functools.cache(ThreadPoolExecutor)
 
 
 def _stepped(envs, rows, action):
-    """(row, what its environment's step returns) for these rows; each core has a part of them."""
+    """(row, result of its environment's step) for each of `rows`, which the cores share."""
 
     def some(part):
         return [(i, envs[i].step(action[i])) for i in part]
@@ -62,11 +63,11 @@ def _stepped(envs, rows, action):
     return itertools.chain.from_iterable(_threads(workers).map(some, parts))
 
 
-_fold_in = jax.jit(jax.random.fold_in)  # compiled at its first call
+_fold_in = jax.jit(jax.random.fold_in)
 
 
 def rollout(policy, envs, num_seeds, seed):
-    """`evaluate` in given environments; episode j of seed s is row s * E + j."""
+    """`evaluate` in the given environments; episode j of seed s is row s * E + j."""
     rows, shape = len(envs), (num_seeds, len(envs) // num_seeds)
     start = [env.reset(seed=seed + i % shape[1])[0] for i, env in enumerate(envs)]
     obs, reward, returns = np.float32(start), np.zeros(rows, np.float32), np.zeros(rows)
@@ -81,7 +82,7 @@ def rollout(policy, envs, num_seeds, seed):
             active = [i for i in active if i // shape[1] not in failed]
 
         action, running = action.clip(-1, 1), []
-        obs, reward = obs.copy(), np.zeros_like(reward)  # anew: a carry may hold the old arrays
+        obs, reward = obs.copy(), np.zeros_like(reward)  # copies: the carry may hold the old arrays
         for i, result in _stepped(envs, active, action):
             obs[i], gained, terminated, truncated, _ = result
             reward[i] = gained

@@ -1,4 +1,4 @@
-"""Films of a policy."""
+"""Films a policy."""
 
 import itertools
 import os
@@ -16,21 +16,21 @@ _ADVICE = "On Debian or Ubuntu `apt-get install libegl1 libgl1-mesa-dri` (or lib
 
 
 def film(policy, env_id, path, episodes=1, seed=0):
-    """Write whole episodes of one policy to an .mp4 or .gif file; its returns, (episodes,) float64.
+    """Writes whole episodes of one policy to an .mp4 or .gif file; their returns (episodes,).
 
-    policy, seed: as in `evaluate`, with S = E = 1. Shown in simulated time, at about 30 Hz.
-    Raises EvaluationError as `make`, for other kinds of file, and where nothing can be drawn.
+    policy, seed: as in `evaluate`, with S = E = 1. The film runs in simulated time at about 30 Hz.
+    Raises EvaluationError as `make` does, for another kind of file, and without a renderer.
     """
     import imageio.v2 as imageio
     import mujoco
 
     path = Path(path)
     if path.suffix not in (".mp4", ".gif"):
-        raise EvaluationError(f"{path}: a video's name must end in .mp4 or .gif.")
+        raise EvaluationError(f"--video {path}: the name must end in .mp4 or .gif.")
     env = make(env_id, render_mode="rgb_array")
     if model := getattr(env.unwrapped, "model", None):
-        model.vis.quality.shadowsize = 0  # MuJoCo's shadows triple the time and leave blotches
-        follow = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # or -1: none
+        model.vis.quality.shadowsize = 0  # shadows triple the time
+        follow = mujoco.mj_name2id(model, mujoco.mjtObj.mjOBJ_CAMERA, "track")  # -1: none
         inner = getattr(env.unwrapped, "point_env", env.unwrapped)  # a maze holds its robot
         inner.mujoco_renderer.camera_id = follow
     try:
@@ -55,12 +55,15 @@ def film(policy, env_id, path, episodes=1, seed=0):
 
 
 def choose_renderer():
-    """Without a display, set MUJOCO_GL, which MuJoCo reads when imported, to what draws here."""
+    """Without a display, sets MUJOCO_GL, which MuJoCo reads when imported, to a working renderer.
+
+    Raises EvaluationError if there is none.
+    """
     asked = os.environ.get("MUJOCO_GL")
     if sys.platform != "linux" or ("DISPLAY" in os.environ and not asked):
         return
     names = [asked] if asked else ["egl", "osmesa"]
-    for name in names:  # each in a process of its own: a failed import lingers
+    for name in names:  # in processes of their own, because a failed import leaves traces
         trial = f"from mujoco.{name} import GLContext; GLContext(8, 8).make_current()"
         environ, quiet = {**os.environ, "MUJOCO_GL": name}, subprocess.DEVNULL
         if subprocess.call([sys.executable, "-c", trial], env=environ, stderr=quiet) == 0:

@@ -291,14 +291,15 @@ NAMES = {
     "no name": (["--env", ""], ["'' is no dataset"]),
     "unknown env id": (
         ["--env", "good.hdf5", "--env-id", "Hoper-v5"],
-        ["'Hoper-v5' is not an environment", "did you mean Hopper-v5"],
+        ["unknown environment 'Hoper-v5'", "Did you mean Hopper-v5"],
     ),
     "env id of a module": (
         ["--env", "good.hdf5", "--env-id", "case.evil:Evil-v0"],
-        ["is not an environment that Gymnasium has registered"],
+        ["unknown environment 'case.evil:Evil-v0'"],
     ),
     "env id without vectors": (
-        ["--env", "good.hdf5", "--env-id", "CartPole-v1"], ["flat observations and actions"],
+        ["--env", "good.hdf5", "--env-id", "CartPole-v1"],
+        ["observations and actions must be vectors"],
     ),
     "env id of other observations": (
         ["--env", "good.hdf5", "--env-id", "HalfCheetah-v5"],
@@ -312,7 +313,7 @@ NAMES = {
         ["--env", "hopper-medium-v2", "--env-id", "Hopper-v5"],
         ["hopper-medium-v2 is scored on Hopper-v4", "--env-id Hopper-v5 is for a bare file"],
     ),
-    "no env id": (["--env", "good.hdf5"], ["no environment to be scored on", "--env-id"]),
+    "no env id": (["--env", "good.hdf5"], ["no environment to score on", "--env-id"]),
 }  # fmt: skip
 
 
@@ -355,8 +356,8 @@ def evil(env_id):
 
 
 METADATA = {
-    "code in the metadata's entry point": (evil("Evil-v0"), "no environment to be scored on"),
-    "code in the metadata's id": (evil("evil:Evil-v0"), "no environment to be scored on"),
+    "code in the metadata's entry point": (evil("Evil-v0"), "no environment to score on"),
+    "code in the metadata's id": (evil("evil:Evil-v0"), "no environment to score on"),
     "metadata that are no JSON": ("{", "metadata.json: not readable as JSON metadata"),
     "metadata without an end": ("[" * 100_000, "metadata.json: not readable as JSON metadata"),
 }

@@ -179,9 +179,9 @@ def test_unit_bounds_leave_actions_bit_for_bit(tmp_path):
     ("env_id", "message"),
     [
         ("Hopper-v2", "Hopper-v2 cannot be made"),
-        ("Hoper-v5", "not an environment that Gymnasium has registered; did you mean Hopper-v5"),
-        ("json:Evil-v0", "not an environment that Gymnasium has registered"),
-        ("CartPole-v1", "flat observations and actions"),
+        ("Hoper-v5", "unknown environment 'Hoper-v5'. Did you mean Hopper-v5"),
+        ("json:Evil-v0", "unknown environment 'json:Evil-v0'"),
+        ("CartPole-v1", "observations and actions must be vectors"),
         ("HalfCheetah-v5", "observations: 11 columns where HalfCheetah-v5 has 17"),
         ("Reacher-v4", "actions: 3 columns, not Reacher-v4's 2"),
     ],

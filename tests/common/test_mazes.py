@@ -80,7 +80,7 @@ def test_flat_observations_and_the_goal_of_d4rl(size, dense):
             assert reward == pytest.approx(np.exp(-far) if dense else float(far <= 0.45))
     site = maze.model.site_pos[maze.target_site_id]  # what a video shows
     np.testing.assert_array_equal(site[:2], middle(goal, walls))
-    assert datasets.inspect_env(env_id)[1:5:3] == (6, limit)
+    assert evaluation.inspect(env_id)[1:5:3] == (6, limit)
 
 
 def test_starts_are_seeded_and_in_every_cell_but_the_goals():
@@ -182,8 +182,8 @@ def test_without_the_package_there_is_one_message(monkeypatch, tmp_path, capsys)
                 evaluation.make(env_id)
             want = f"{env_id}: mazes need gymnasium-robotics, see requirements.txt"
             assert str(error.value) == f"Gymnasium cannot make {want}"
-            with pytest.raises(datasets.DatasetError, match="mazes need gymnasium-robotics"):
-                datasets.inspect_env(env_id)
+            with pytest.raises(evaluation.EvaluationError, match="mazes need gymnasium-rob"):
+                evaluation.inspect(env_id)
         evaluation.make("Pendulum-v1")
         data = datasets.load(NAME)
         assert (data.env_id, data.obs.shape[1]) == ("", 6)
@@ -199,14 +199,15 @@ import sys
 import gymnasium, imageio.v2 as imageio, numpy as np
 from common import evaluation
 from common.evaluation import environments as mazes
+from common.evaluation import video
 
-evaluation._choose_renderer()
+video.choose_renderer()
 evaluation.make("Pendulum-v1")
 assert "gymnasium_robotics" not in sys.modules  # imported for mazes alone
 mazes.register("PointMaze_UMaze-v3")
 gymnasium.spec("PointMaze_UMaze-v3").max_episode_steps = 20
 policy = lambda carry, obs, reward, key: (np.ones((1, 1, 2)), carry)
-print(evaluation.film(policy, "PointMaze_UMaze-v3", sys.argv[1]).shape)
+print(video.film(policy, "PointMaze_UMaze-v3", sys.argv[1]).shape)
 frames = np.array([frame for frame in imageio.get_reader(sys.argv[1])])
 red = (frames[..., 0] > 2.0 * frames[..., 1]) & (frames[..., 0] > 120)  # the goal's ball
 print(len(frames), red.any((1, 2)).all(), np.any(frames[0] != frames[-1]))
@@ -358,7 +359,7 @@ def test_references_are_uniform_actions_and_the_controller(data):
 
 def test_collecting_from_the_command_line(tmp_path, monkeypatch):
     """700 steps: two episodes and a part of one. Their rows are those of the walk itself."""
-    command = [sys.executable, "benchmarks/collect.py", "--kind", "waypoint", "--out"]
+    command = [sys.executable, "-m", "benchmarks.collect", "--kind", "waypoint", "--out"]
     command += [str(tmp_path), "--num-steps", "700", "--seed", "4", "--env-id"]
     done = subprocess.run([*command, UMAZE], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
