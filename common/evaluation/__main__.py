@@ -1,14 +1,14 @@
 """Scores or films a trained run: python -m common.evaluation runs/iql/..."""
 
 import functools
-import json
+import os
 from pathlib import Path
 
 import jax
 import numpy as np
 import tyro
 
-from common import evaluation
+from common import evaluation, experiment
 from common.evaluation import export as exports
 from common.evaluation import video as films
 
@@ -29,18 +29,23 @@ def main(
         episodes: number of episodes; 0: as many as in training, one for a film
         seed: which of the run's seeds to film or export, counted from 0
     """
+    run = Path(os.path.expanduser(run))
+    if episodes < 0:
+        raise evaluation.EvaluationError(f"--episodes {episodes}: must be at least 0.")
     if video:
         films.choose_renderer()
     module, cfg, state = evaluation.load(run)
-    data = json.loads((run / "config.json").read_text())["dataset"]
+    info, _ = experiment.read(run)
+    (_, obs_dim, action_dim), data = info["dims"], info["dataset"]
     env_id = data["env_id"]
-    if not 0 <= seed < cfg.num_seeds:
-        raise evaluation.EvaluationError(
-            f"--seed {seed}: {run} holds seeds 0 to {cfg.num_seeds - 1}, counted from 0."
-        )
+    evaluation.choose_seed(run, cfg, seed, "--seed")
+    env = evaluation.inspect(env_id)
+    if (env.obs_dim, len(env.low)) != (obs_dim, action_dim):
+        sizes = f"{env.obs_dim} observations and {len(env.low)} actions"
+        why = f"{env_id} has {sizes}, the run {obs_dim} and {action_dim}"
+        raise evaluation.EvaluationError(f"{run} cannot be scored: {why}.")
     if export:
         one = jax.tree.map(lambda x: x[seed], state)
-        obs_dim = json.loads((run / "config.json").read_text())["dims"][1]
         path = exports.export(export, jax.jit(module.policy(cfg)), one, env_id, obs_dim)
         print(f"{path}: the policy of seed {cfg.seed + seed}")
         return

@@ -17,11 +17,13 @@ from typing import NamedTuple
 import gymnasium
 import numpy as np
 
+from common import experiment
+
 GOALS = {"UMaze": (1, 1), "Medium": (6, 6), "Large": (7, 9)}  # (row, column)
 
 
-class EvaluationError(SystemExit):
-    """Something a user can put right: uncaught, it prints its one message and exits with 1."""
+class EvaluationError(experiment.UserError):
+    """An error of an environment, a film or an export that the user can correct."""
 
 
 class Env(NamedTuple):

@@ -81,4 +81,6 @@ def read(folder):
     """{seed: {"step": ..., "message": ...}} of the diverged seeds in a run folder."""
     path = folder / "diverged.json"
     found = files.read_json(path) if os.path.lexists(path) else {}
-    return {seed: {"step": int(x["step"]), "message": str(x["message"])} for seed, x in found.items()}
+    return {
+        seed: {"step": int(x["step"]), "message": str(x["message"])} for seed, x in found.items()
+    }
