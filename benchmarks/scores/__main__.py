@@ -23,7 +23,6 @@ import fcntl
 import functools
 import hashlib
 import itertools
-import json
 import os
 import re
 import shlex
@@ -138,12 +137,16 @@ def find(cell, out):
     """("done", "partly done" or "missing", the newest such run folder of this config)."""
     found = {"missing": None}
     for folder in sorted(out.glob(f"{cell.algorithm}/*/*/")):
-        with suppress(experiment.RunError, OSError, ValueError):  # damaged: as if it were not there
-            info = experiment.read(folder)
-            stored = experiment.build(type(cell.config), info["config"], folder)
+        # A damaged folder is as if it were not there
+        with suppress(experiment.RunError, OSError, ValueError, TypeError, KeyError):
+            info, stored = experiment.read(folder, type(cell.config))
             if identity(stored) == left_to_the_run(cell.config, stored, info["command"]):
-                path, last = folder / "returns.json", str(cell.config.num_updates)
-                if path.exists() and last in json.loads(path.read_text("utf-8")):
+                returns, last = {}, str(cell.config.num_updates)
+                with suppress(FileNotFoundError):
+                    returns = experiment.read_returns(
+                        folder, stored.num_seeds, stored.eval_episodes
+                    )
+                if last in returns:
                     found["done"] = folder
                 elif any(folder.glob("checkpoint*/checkpoint.json")):
                     found["partly done"] = folder

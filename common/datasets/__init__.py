@@ -22,6 +22,7 @@ from common import evaluation
 from common.datasets import cache, readers, sources
 from common.datasets.d4rl import REFERENCE
 from common.datasets.sources import DatasetError
+from common.experiment import printable
 
 
 class Batch(NamedTuple):
@@ -120,13 +121,14 @@ def load(name: str, env_id: str = "") -> Dataset:
     env_id: Gymnasium id to score a bare file on. Raises DatasetError, whose message says why.
     """
     source, origin = sources.find(name, env_id)
-    folder, stamp = cache.paths(source)
-    arrays, about = cache.read(folder / stamp) or (None, None)
-    if arrays is None:
-        arrays, about = read(source, origin)
-        cache.write(folder, stamp, arrays, about)
+    place = cache.place(source)
+    kept = cache.read(place)
+    if kept is None:
+        kept = read(source, origin)
+        cache.write(place, *kept)
+    arrays, about = kept
     for note in about["provenance"]["notes"]:
-        print(f"{name}: {note}", file=sys.stderr)
+        print(printable(f"{name}: {note}"), file=sys.stderr)
     return Dataset(name=name, **arrays, **about)
 
 

@@ -1,55 +1,79 @@
-"""The flat cache of datasets: plain .npy files; nothing that goes wrong with it stops a load."""
+"""The flat cache of datasets: plain .npy files; nothing that goes wrong with it stops a load.
+
+about.json holds a checksum of each array. What does not have its checksum is read from the source
+again.
+"""
 
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from common import evaluation
+from common.experiment import files
 
-FORMAT = 2  # goes up whenever what is read from a file changes
+FORMAT = 3  # goes up whenever what is read from a file changes
 ARRAYS = ("obs", "action", "reward", "next_obs", "done", "start", "length")
+ABOUT = ("env_id", "ref_min", "ref_max", "provenance")
 
 
-def paths(source):
-    """(folder of this source, name that changes with the files and with what reads them)."""
-    files = [source.path, source.path.with_name("metadata.json")]
-    stats = [(f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+def place(source):
+    """Folder of this source's arrays, whose name changes with the files and with what reads them.
+
+    None where there is no home to keep it in.
+    """
+    sources = [source.path, source.path.with_name("metadata.json")]
+    stats = [f.stat() for f in sources if f.is_file()]
+    # an edit can keep size and mtime, but not ctime
+    stats = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in stats]
     what = source._replace(path=str(source.path.resolve()))
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     how = FORMAT, version("gymnasium"), evaluation.mazes_installed(), stats
     folder, stamp = (hashlib.sha256(repr(x).encode()).hexdigest()[:16] for x in (what, how))
-    return Path(root, "stillwater", folder), stamp
+    with suppress(OSError):
+        return files.cache_folder() / folder / stamp
 
 
 def read(folder):
     """(arrays, about) as `write` kept them, or None."""
+    if folder is None:
+        return None
     try:
-        about = json.loads((folder / "about.json").read_text())
-        arrays = {k: np.load(folder / f"{k}.npy", allow_pickle=False) for k in ARRAYS}
-        whole = all(len(arrays[k]) == arrays["length"].sum() for k in ARRAYS[:5])
-        return (arrays, about) if whole else None
-    except (OSError, ValueError, EOFError, KeyError):
+        kept = files.read_json(folder / "about.json")
+        about = {name: kept["about"][name] for name in ABOUT}
+        arrays = {}
+        for name in ARRAYS:
+            with files.open_plain(folder / f"{name}.npy") as file:
+                arrays[name] = np.load(file, allow_pickle=False)
+        whole = kept["crc32"] == {name: files.checksum(x) for name, x in arrays.items()}
+        return (arrays, about) if whole and about["provenance"]["notes"] is not None else None
+    except (OSError, ValueError, EOFError, LookupError, TypeError, MemoryError):
         return None
 
 
-def write(folder, stamp, arrays, about):
+def write(folder, arrays, about):
     """Into a temporary folder, then renamed; what stood there of an older content goes."""
+    if folder is None:
+        return
     part = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir():
+        files.make_folder(folder.parent)
+        for old in folder.parent.iterdir():
             shutil.rmtree(old, ignore_errors=True)
-        part = Path(tempfile.mkdtemp(dir=folder))
+        part = Path(tempfile.mkdtemp(dir=folder.parent))
         for name, array in arrays.items():
-            np.save(part / f"{name}.npy", array)
-        (part / "about.json").write_text(json.dumps(about))
-        part.rename(folder / stamp)
+            with open(part / f"{name}.npy", "wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())
+        crc32 = {name: files.checksum(x) for name, x in arrays.items()}
+        files.write(part / "about.json", json.dumps({"about": about, "crc32": crc32}))
+        part.rename(folder)
     except (OSError, ValueError):  # a read-only home, a full disk: the next load reads the file
         if part:
             shutil.rmtree(part, ignore_errors=True)

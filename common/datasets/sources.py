@@ -1,5 +1,6 @@
 """From a dataset's name to a file on this machine, downloaded if it must be."""
 
+import contextlib
 import difflib
 import hashlib
 import http.client
@@ -12,9 +13,11 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from common import evaluation, experiment
 from common.datasets.d4rl import D4RL_HOST, D4RL_MIRROR, Source, d4rl_names
 
 MINARI_HOST = "https://huggingface.co/datasets/farama-minari/"  # as minari.download_dataset
@@ -22,13 +25,14 @@ BUNDLED = Path(__file__).resolve().parents[2] / "data"
 OFFLINE = "stillwater/hopper/medium-replay-v0"  # in BUNDLED
 MAGIC = b"\x89HDF\r\n\x1a\n"
 PATIENCE = 4.0  # seconds until an address without an answer counts as unreachable
-STALL = 20.0  # seconds without a byte that end a download, as does, from then on, a mean rate below
+STALL = 20.0  # seconds in which a download must bring, from its beginning on, a mean rate of
 SLOWEST = 1024  # bytes a second
+LONGEST = 12 * 3600.0  # seconds for one file
 LARGEST = 16 * 2**30  # bytes of a file whose size is unknown
 
 
-class DatasetError(SystemExit):
-    """A dataset that cannot be had or read. A command ends with its one message and exit code 1."""
+class DatasetError(experiment.UserError):
+    """A dataset that cannot be found or read."""
 
 
 def find(name: str, env_id: str = "") -> tuple[Source, str]:
@@ -43,6 +47,8 @@ def find(name: str, env_id: str = "") -> tuple[Source, str]:
         return find_d4rl(name, source)
     path = Path(os.path.expanduser(name))
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise DatasetError(f"{path.absolute()}: a pipe or a device, not a file.")
         if path.suffix in (".hdf5", ".h5") and not path.is_file():
             what = "a folder, not a file" if path.is_dir() else "no such file"
             raise DatasetError(f"{path.absolute()}: {what}. {offline_hint()}")
@@ -67,7 +73,7 @@ def find_d4rl(name, source):
     """A copy that the user has, else a download from D4RL's host, else from the mirror."""
     own = os.environ.get("D4RL_DATASET_DIR")
     folders = [Path(os.path.expanduser(own))] if own else []
-    folders.append(Path("~/.d4rl/datasets").expanduser())
+    folders.append(Path(os.path.expanduser("~/.d4rl/datasets")))
     file = Path(source.path).name
     for path in (folder / sub for folder in folders for sub in (file, source.path)):
         if path.is_file():
@@ -76,7 +82,7 @@ def find_d4rl(name, source):
     tried = probe([D4RL_HOST + source.path, D4RL_MIRROR + file])
     for url in (url for url, answer in tried.items() if not answer):
         try:
-            download(url, target, source.size, source.sha256)
+            download(url, target, source)
             return source._replace(path=target), url
         except (OSError, ValueError, http.client.HTTPException) as error:
             tried[url] = str(error) or type(error).__name__
@@ -118,9 +124,12 @@ def download_minari(name):
         try:
             import minari  # takes a second
 
+            def work(watch, name=name):
+                minari.download_dataset(name, force_download=True)  # completes a partial one
+
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                minari.download_dataset(name, force_download=True)  # completes a partial one
+                patiently(work, lambda: size_of(minari_folder()))
             tried[url] = "came without data/main_data.hdf5: only HDF5 is read"
         except Exception as error:  # its HTTP client's errors are no OSError
             tried[url] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -149,12 +158,12 @@ def probe(urls: list[str]) -> dict[str, str]:
     answers = dict.fromkeys(urls, f"no answer within {PATIENCE:g} s")
 
     def ask(url):
-        where, proxies = urlsplit(url), urllib.request.getproxies()
-        if where.scheme in proxies and not urllib.request.proxy_bypass(where.hostname):
-            proxy = proxies[where.scheme]
-            where = urlsplit(proxy if "//" in proxy else f"//{proxy}")
-        port = where.port or {"https": 443}.get(where.scheme, 80)
         try:
+            where, proxies = urlsplit(url), urllib.request.getproxies()
+            if where.scheme in proxies and not urllib.request.proxy_bypass(where.hostname):
+                proxy = proxies[where.scheme]
+                where = urlsplit(proxy if "//" in proxy else f"//{proxy}")
+            port = where.port or {"https": 443}.get(where.scheme, 80)
             socket.create_connection((where.hostname, port), PATIENCE).close()
             answers[url] = ""
         except (OSError, ValueError) as error:
@@ -169,46 +178,113 @@ def probe(urls: list[str]) -> dict[str, str]:
     return dict(answers)
 
 
-def download(url, target, size=0, sha256=""):
+def patiently(work, count):
+    """Runs work() in a thread of its own while it downloads: its result, or what it raised.
+
+    count: () -> bytes so far. Raises OSError once STALL seconds have brought less than SLOWEST
+    bytes a second, or LONGEST seconds have passed, whatever the peer sends or does not send.
+    The thread is then left behind: it sees the event that it is called with.
+    """
+    stop, box = threading.Event(), {}
+
+    def run():
+        try:
+            box["value"] = work(stop)
+        except BaseException as error:
+            box["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    began = mark = time.monotonic()
+    before = count()
+    try:
+        while thread.is_alive():
+            thread.join(min(0.5, STALL / 4))
+            now, done = time.monotonic(), count()
+            if now - began > LONGEST:
+                raise OSError(f"takes longer than {LONGEST / 3600:.0f} hours")
+            if now - mark > STALL:
+                if thread.is_alive() and done - before < STALL * SLOWEST:
+                    raise OSError(f"sends less than {SLOWEST:,} bytes a second")
+                mark, before = now, done
+    finally:
+        stop.set()
+    if "error" in box:
+        raise box["error"]
+    return box["value"]
+
+
+def size_of(folder):
+    """Bytes of all files in a folder."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
+
+
+def download(url, target, source):
     """`url` to the file `target`, whole or not at all. Raises OSError or HTTPException.
 
-    The body must be HDF5, as long as the server says, and of `size` bytes and `sha256` if known.
+    The body must be HDF5, as long as the server says, and of the source's size and hash; where no
+    hash is known, it must read as the layout that it claims.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for left in target.parent.glob(f"{target.name}.*.part"):  # by a run that was killed
         if time.time() - left.stat().st_mtime > 3600:
             left.unlink(missing_ok=True)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    request = urllib.request.Request(url, headers={"User-Agent": "stillwater"})
-    digest, done, head = hashlib.sha256(), 0, b""
-    began = shown = time.monotonic()
+    got = [0]  # bytes
     try:
-        with urllib.request.urlopen(request, timeout=STALL) as body, open(part, "wb") as file:
-            length = int(body.headers.get("Content-Length") or size)
-            if size and length != size:
-                raise OSError(f"offers {length:,} bytes where D4RL's file has {size:,}")
-            while chunk := body.read1(2**20):  # what has come, be it little
-                head = (head + chunk)[:40] if len(head) < 8 else head
-                if head[:8] != MAGIC[: len(head)]:
-                    raise OSError(f"sent no HDF5 file; it begins with {head!r}")
-                digest.update(chunk)
-                file.write(chunk)
-                done += len(chunk)
-                if time.monotonic() - began > STALL + done / SLOWEST:
-                    raise OSError(f"sends less than {SLOWEST:,} bytes a second")
-                if done > (most := length or LARGEST):
-                    raise OSError(f"sends more than {most:,} bytes")
-                if time.monotonic() - shown > 2:
-                    shown = time.monotonic()
-                    print(f"{url}: {done / 2**20:,.0f} of {length / 2**20:,.0f} MiB",
-                          file=sys.stderr)  # fmt: skip
-        if done < max(length, 1):
-            raise OSError(f"broke off after {done:,} of {length:,} bytes")
-        if sha256 and digest.hexdigest() != sha256:
-            raise OSError(f"refused, SHA-256 {digest.hexdigest()} is not D4RL's {sha256}")
+        with open(part, "wb") as file:
+            sha256 = patiently(partial(transfer, url, file, source, got), lambda: got[0])
+        if source.sha256 and sha256 != source.sha256:
+            raise OSError(f"refused, SHA-256 {sha256} is not D4RL's {source.sha256}")
+        if not source.sha256:
+            try_to_read(part, source)
         os.replace(part, target)
     except urllib.error.HTTPError as error:
         error.close()
         raise OSError(f"HTTP {error.code} {error.reason}") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def transfer(url, file, source, got, stop):
+    """Writes the body at `url` to an open file: its SHA-256. got[0]: bytes so far."""
+    request = urllib.request.Request(url, headers={"User-Agent": "stillwater"})
+    digest, head, shown = hashlib.sha256(), b"", time.monotonic()
+    with urllib.request.urlopen(request, timeout=2 * STALL) as body:
+        if body.status != 200:
+            raise OSError(f"answers HTTP {body.status}, not with the whole file")
+        length = int(body.headers.get("Content-Length") or source.size)
+        if source.size and length != source.size:
+            raise OSError(f"offers {length:,} bytes where D4RL's file has {source.size:,}")
+        while (chunk := body.read1(2**20)) and not stop.is_set():  # what has come, be it little
+            head = (head + chunk)[:40] if len(head) < 8 else head
+            if head[:8] != MAGIC[: len(head)]:
+                raise OSError(f"sent no HDF5 file; it begins with {head!r}")
+            digest.update(chunk)
+            file.write(chunk)
+            got[0] += len(chunk)
+            if got[0] > (most := length or LARGEST):
+                raise OSError(f"sends more than {most:,} bytes")
+            if time.monotonic() - shown > 2:
+                shown = time.monotonic()
+                print(f"{url}: {got[0] / 2**20:,.0f} of {length / 2**20:,.0f} MiB", file=sys.stderr)
+    if got[0] < max(length, 1):
+        raise OSError(f"broke off after {got[0]:,} of {length:,} bytes")
+    return digest.hexdigest()
+
+
+def try_to_read(path, source):
+    """Raises OSError unless a file reads as one of D4RL's."""
+    from common.datasets import readers  # imports this module
+
+    try:
+        reader = readers.Reader(path)
+        readers.read_d4rl(reader, evaluation.Env(limit=source.limit))
+        reader.file.close()
+    except DatasetError as error:
+        raise OSError(f"refused, {str(error).removeprefix(f'{path}: ')}") from None

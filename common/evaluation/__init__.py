@@ -20,7 +20,7 @@ from common.evaluation.environments import (
     make,
     mazes_installed,
 )
-from common.evaluation.policy import Policy, load, load_policy, recorded, stateless
+from common.evaluation.policy import Policy, choose_seed, load, load_policy, recorded, stateless
 from common.evaluation.rollout import evaluate
 from common.evaluation.termination import termination
 
@@ -28,6 +28,7 @@ __all__ = [
     "Env",
     "EvaluationError",
     "Policy",
+    "choose_seed",
     "evaluate",
     "goal_cell",
     "inspect",

@@ -1,14 +1,14 @@
 """Scores, films or exports a trained run: python -m common.evaluation runs/iql/..."""
 
 import functools
-import json
+import os
 from pathlib import Path
 
 import jax
 import numpy as np
 import tyro
 
-from common import evaluation
+from common import evaluation, experiment
 from common.evaluation import export as exports
 from common.evaluation import video as films
 
@@ -29,9 +29,13 @@ def main(
         episodes: number of episodes; 0: as many as in training, one for a film
         seed: the seed to film or export, counted from 0
     """
+    run = Path(os.path.expanduser(run))
+    if episodes < 0:
+        raise evaluation.EvaluationError(f"--episodes {episodes}: must be at least 0.")
     if video:
         films.choose_renderer()
     module, cfg, state = evaluation.load(run)
+<<<<<<< HEAD
     info = json.loads((run / "config.json").read_text())
     data, env_id = info["dataset"], info["dataset"]["env_id"]
     if not 0 <= seed < cfg.num_seeds:
@@ -41,6 +45,20 @@ def main(
     if export:
         one = jax.tree.map(lambda x: x[seed], state)
         path = exports.export(export, jax.jit(module.policy(cfg)), one, env_id, info["dims"][1])
+=======
+    info, _ = experiment.read(run)
+    (_, obs_dim, action_dim), data = info["dims"], info["dataset"]
+    env_id = data["env_id"]
+    evaluation.choose_seed(run, cfg, seed, "--seed")
+    env = evaluation.inspect(env_id)
+    if (env.obs_dim, len(env.low)) != (obs_dim, action_dim):
+        sizes = f"{env.obs_dim} observations and {len(env.low)} actions"
+        why = f"{env_id} has {sizes}, the run {obs_dim} and {action_dim}"
+        raise evaluation.EvaluationError(f"{run} cannot be scored: {why}.")
+    if export:
+        one = jax.tree.map(lambda x: x[seed], state)
+        path = exports.export(export, jax.jit(module.policy(cfg)), one, env_id, obs_dim)
+>>>>>>> b8a79a68c8759cbc6cf90054327e2956ecebda2b
         print(f"{path}: the policy of seed {cfg.seed + seed}")
         return
     act = jax.jit(jax.vmap(module.policy(cfg), (0, 0, 0, 0, None)))

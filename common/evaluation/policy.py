@@ -1,6 +1,5 @@
 """The policy of a trained run, loaded from its folder and called on observations."""
 
-import json
 import os
 import sys
 from functools import partial
@@ -11,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from common import experiment
+from common.evaluation.environments import EvaluationError
+from common.experiment import runtime
 
 
 def stateless(act):
@@ -24,9 +25,18 @@ def stateless(act):
 class Policy:
     """The policy of one seed; keeps its memory, if it has any, between the steps of an episode."""
 
+<<<<<<< HEAD
     def __init__(self, act, state):
         """act: (state, carry, obs, reward, key) -> (action, carry), as an algorithm's `policy`."""
         self._act, self._state = jax.jit(act), state
+=======
+    def __init__(self, act, state, obs_dim=None):
+        """act: (state, carry, obs, reward, key) -> (action, carry), see an algorithm's `policy`.
+
+        obs_dim: D, to check observations by; None: any.
+        """
+        self._act, self._state, self._dim = jax.jit(act), state, obs_dim
+>>>>>>> b8a79a68c8759cbc6cf90054327e2956ecebda2b
         self.reset()
 
     def reset(self):
@@ -36,13 +46,18 @@ class Policy:
     def __call__(self, obs, reward=0.0):
         """Action (A,) or (E, A) in [-1, 1], a NumPy array, for obs (D,) or (E, D).
 
-        reward: of the last step, a number or (E,); only policies with memory use it.
+        reward: of the last step, a number or (E,); only policies with memory use it. Raises
+        ValueError for an obs of another shape.
         """
+        shape = np.shape(obs)
+        if len(shape) not in (1, 2) or self._dim not in (None, shape[-1]):
+            expected = "D" if self._dim is None else self._dim
+            raise ValueError(f"obs has shape {shape}, not ({expected},) or (E, {expected}).")
         rows = jnp.atleast_2d(jnp.asarray(obs, jnp.float32))
         reward = jnp.broadcast_to(jnp.float32(reward), rows.shape[:1])
         self._key, key = jax.random.split(self._key)
         action, self._carry = self._act(self._state, self._carry, rows, reward, key)
-        return np.asarray(action.clip(-1, 1)).reshape(*np.shape(obs)[:-1], -1)
+        return np.asarray(action.clip(-1, 1)).reshape(*shape[:-1], -1)
 
 
 def load(run):
@@ -51,10 +66,10 @@ def load(run):
     The state is that of the last checkpoint. Raises RunError if the folder holds no run, or no
     checkpoint that fits this program.
     """
+    runtime.check_device()
     folder = Path(os.path.expanduser(run)).resolve()
-    info = experiment.read(folder)
+    info, cfg = experiment.read(folder)
     module, (n, d, a) = experiment.module(info["algorithm"]), info["dims"]
-    cfg = experiment.build(module.Config, info["config"], folder)
     shapes = module.datasets.Batch((n, d), (n, a), (n,), (n, d), (n,))
     data = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -62,7 +77,10 @@ def load(run):
         is_leaf=lambda x: type(x) is tuple,
     )
     keys = jax.vmap(jax.random.key)(jnp.arange(cfg.num_seeds))
-    template = jax.eval_shape(jax.vmap(partial(module.init, cfg=cfg), (0, None)), keys, data)
+    try:
+        template = jax.eval_shape(jax.vmap(partial(module.init, cfg=cfg), (0, None)), keys, data)
+    except Exception as error:  # sizes that do not fit each other
+        raise experiment.RunError(f"{folder / 'config.json'} is damaged: {error}") from error
     state, messages = experiment.restore(folder, template)
     for message in messages:
         print(message, file=sys.stderr)
@@ -72,16 +90,36 @@ def load(run):
 def load_policy(run, seed_index=0):
     """The Policy of one seed of a run: `action = policy(obs)`; `policy.reset()` begins an episode.
 
+<<<<<<< HEAD
     run: the run folder. seed_index: counted from 0, whatever the run's first seed is. Raises
     RunError as `load` does.
+=======
+    run: its folder; seed_index: counted from 0, whatever the run's first seed. Raises RunError,
+    and EvaluationError for a seed that the run does not have.
+>>>>>>> b8a79a68c8759cbc6cf90054327e2956ecebda2b
     """
     module, cfg, state = load(run)
-    return Policy(module.policy(cfg), jax.tree.map(lambda x: x[seed_index], state))
+    choose_seed(run, cfg, seed_index, "seed_index")
+    obs_dim = experiment.read(Path(os.path.expanduser(run)).resolve())[0]["dims"][1]
+    return Policy(module.policy(cfg), jax.tree.map(lambda x: x[seed_index], state), obs_dim)
+
+
+def choose_seed(run, cfg, index, name):
+    """Raises EvaluationError unless a run has a seed of that index; `name` is the argument's."""
+    if not 0 <= index < cfg.num_seeds:
+        seeds = f"{run} holds seeds 0 to {cfg.num_seeds - 1}, counted from 0"
+        raise EvaluationError(f"{name} {index}: {seeds}.")
 
 
 def recorded(run):
     """Returns (S, episodes) in lists that training recorded at the last checkpoint, or None."""
     folder = Path(os.path.expanduser(run)).resolve()
-    step, path = experiment.last_step(folder), folder / "returns.json"
-    returns = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    _, cfg = experiment.read(folder)
+    step = experiment.last_step(folder)
+    try:
+        returns = experiment.read_returns(folder, cfg.num_seeds, cfg.eval_episodes)
+    except FileNotFoundError:
+        returns = {}
+    except (OSError, ValueError, TypeError, OverflowError) as error:
+        raise experiment.RunError(f"{folder / 'returns.json'} is damaged: {error}.") from None
     return returns.get(str(step))

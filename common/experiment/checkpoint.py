@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp

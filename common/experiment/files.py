@@ -27,17 +27,19 @@ class UserError(SystemExit):
         super().__init__("\n".join(map(printable, str(message).split("\n"))))
 
 
-def read(path, most=LARGEST):
-    """The bytes of a plain file. Raises OSError for a pipe, a device and more than `most` bytes."""
-    path = Path(path)
-    if not stat.S_ISREG(path.stat().st_mode):  # before it is opened, which a device may act upon
+def open_plain(path):
+    """A plain file, opened to read its bytes. Raises OSError, for a pipe and a device too."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # before it is opened: that may wait or do harm
         raise OSError(errno.EINVAL, "It is not a plain file", str(path))
-    number = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # a pipe by now: no waiting
-    with open(number, "rb") as file:
-        raw = file.read(min(most, os.fstat(number).st_size) + 1)
-    if len(raw) > most:
-        raise OSError(errno.EFBIG, f"It has more than {most:,} bytes", str(path))
-    return raw
+    return open(path, "rb")
+
+
+def read(path, most=LARGEST):
+    """The bytes of a plain file. Raises OSError as `open_plain`, and for more than `most` bytes."""
+    with open_plain(path) as file:
+        if os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"It has more than {most:,} bytes", str(path))
+        return file.read()
 
 
 def read_json(path, most=LARGEST):
@@ -78,9 +80,9 @@ def refuse_links(folder):
             mode = path.lstat().st_mode
             if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
                 continue
-            if path.relative_to(folder).parts[0] == "wandb" and path.parent != folder:
-                if path.resolve().is_relative_to(folder):
-                    continue
+            of_wandb = path.parent != folder and path.relative_to(folder).parts[0] == "wandb"
+            if of_wandb and path.resolve().is_relative_to(folder):
+                continue
             raise OSError(errno.ELOOP, "It is a link, a pipe or a device. Remove it", str(path))
 
 
@@ -98,22 +100,32 @@ def cache_folder():
     return Path(root, "stillwater")
 
 
+def make_folder(folder):
+    """Makes a folder and those above it that are missing, for this user alone (mode 0700)."""
+    for path in reversed([folder, *folder.parents]):
+        if not path.exists():
+            path.mkdir(mode=0o700, exist_ok=True)
+
+
 def make_private(folder):
     """Makes a folder that nobody else can write to. Raises OSError if somebody could.
 
     From the root on, each folder on the way belongs to this user or to root; others may write only
-    where a sticky bit keeps them from renaming what is not theirs. New folders have mode 0700.
+    where a sticky bit keeps them from renaming what is not theirs.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    for path in reversed(made):
-        path.mkdir(mode=0o700)
+    make_folder(folder)
     if not hasattr(os, "geteuid"):  # Windows
         return
     folder = folder.resolve()
     for path in (folder, *folder.parents):
         about = path.stat()
+<<<<<<< HEAD
         open_to_others = about.st_mode & 0o022 and (
             path == folder or not about.st_mode & stat.S_ISVTX
         )
         if about.st_uid not in (0, os.geteuid()) or open_to_others:
+=======
+        sticky = about.st_mode & stat.S_ISVTX and path != folder
+        if about.st_uid not in (0, os.geteuid()) or (about.st_mode & 0o022 and not sticky):
+>>>>>>> b8a79a68c8759cbc6cf90054327e2956ecebda2b
             raise OSError(errno.EPERM, "Others can write to it", str(path))

@@ -63,7 +63,8 @@ def shard_seeds(tree):
 def keep_programs():
     """Keeps compiled programs in $XDG_CACHE_HOME/stillwater or ~/.cache/stillwater.
 
-    Keeps none where others could write to that folder or one above it, and on a full disk. The user's own JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE takes precedence.
+    Keeps none where others could write to that folder or one above it, and on a full disk. The
+    user's own JAX_COMPILATION_CACHE_DIR or JAX_ENABLE_COMPILATION_CACHE takes precedence.
     Programs are machine code and machines may share a home, so each kind of processor has its own
     folder.
     """
@@ -159,7 +160,7 @@ def machine():
         },
         "xla": {
             "devices": jax.local_device_count(),
-            "threads": int(os.environ.get("NPROC") or 0) or cores(),  # as XLA counts them
+            "threads": os.environ.get("NPROC") or cores(),  # as XLA counts them
             "matmul_precision": jax.config.jax_default_matmul_precision,
             "flags": os.environ.get("XLA_FLAGS", ""),
         },

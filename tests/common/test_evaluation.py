@@ -18,7 +18,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from common import evaluation
+from common import evaluation, experiment
 from common.evaluation import __main__ as command
 from common.evaluation import rollout, video
 
@@ -329,7 +329,6 @@ def test_termination_of_an_unknown_environment_names_the_way_out():
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
     """A run folder and, in evaluation.load's place, a state whose second seed's weights are 1."""
-    (tmp_path / "config.json").write_text('{"dataset": {"env_id": "Pendulum-v1"}}')
     cfg = types.SimpleNamespace(num_seeds=2, seed=5, eval_episodes=2)
     state = {"w": jnp.stack([jnp.zeros(()), jnp.ones(())])}
     act = evaluation.stateless(lambda state, obs: state["w"] * obs[..., :1])
@@ -337,6 +336,9 @@ def trained(tmp_path, monkeypatch):
     returns = lambda run: json.loads((run / "returns.json").read_text())  # noqa: E731
     monkeypatch.setattr(evaluation, "load", lambda run: (module, cfg, state))
     monkeypatch.setattr(evaluation, "recorded", returns)
+    data = {"env_id": "Drawn-v0", "ref_min_score": 1.0, "ref_max_score": 5.0}
+    info = {"dataset": data, "dims": [9, 2, 1]}
+    monkeypatch.setattr(experiment, "read", lambda run: (info, cfg))
     monkeypatch.setattr(video, "choose_renderer", lambda: None)
     return tmp_path
 
@@ -375,7 +377,6 @@ def test_film_shows_the_evaluated_episodes(drawn, tmp_path):
 
 
 def test_the_command_films_the_seed_asked_for(trained, drawn, capsys):
-    (trained / "config.json").write_text('{"dataset": {"env_id": "Drawn-v0"}}')
     path = trained / "film.gif"
     command.main(trained, path, episodes=2, seed=1)
     assert capsys.readouterr().out == f"{path}: Drawn-v0, return 3.0, 4.0\n" and path.exists()
@@ -386,8 +387,6 @@ def test_the_command_films_the_seed_asked_for(trained, drawn, capsys):
 
 
 def test_the_command_scores_every_seed(trained, drawn, capsys):
-    data = {"env_id": "Drawn-v0", "ref_min_score": 1.0, "ref_max_score": 5.0}
-    (trained / "config.json").write_text(json.dumps({"dataset": data}))
     for recorded, verdict in (
         ([[3.0, 4.0]] * 2, "Bit for bit what training recorded."),
         ([[3.0, 4.0], [3.0, 4.000001]], "Training recorded other returns."),
