@@ -35,17 +35,6 @@ def main(
     if video:
         films.choose_renderer()
     module, cfg, state = evaluation.load(run)
-<<<<<<< HEAD
-    info = json.loads((run / "config.json").read_text())
-    data, env_id = info["dataset"], info["dataset"]["env_id"]
-    if not 0 <= seed < cfg.num_seeds:
-        raise evaluation.EvaluationError(
-            f"--seed {seed}: {run} has seeds 0 to {cfg.num_seeds - 1}, counted from 0."
-        )
-    if export:
-        one = jax.tree.map(lambda x: x[seed], state)
-        path = exports.export(export, jax.jit(module.policy(cfg)), one, env_id, info["dims"][1])
-=======
     info, _ = experiment.read(run)
     (_, obs_dim, action_dim), data = info["dims"], info["dataset"]
     env_id = data["env_id"]
@@ -58,7 +47,6 @@ def main(
     if export:
         one = jax.tree.map(lambda x: x[seed], state)
         path = exports.export(export, jax.jit(module.policy(cfg)), one, env_id, obs_dim)
->>>>>>> b8a79a68c8759cbc6cf90054327e2956ecebda2b
         print(f"{path}: the policy of seed {cfg.seed + seed}")
         return
     act = jax.jit(jax.vmap(module.policy(cfg), (0, 0, 0, 0, None)))

@@ -22,13 +22,8 @@ from common import experiment
 GOALS = {"UMaze": (1, 1), "Medium": (6, 6), "Large": (7, 9)}  # (row, column)
 
 
-<<<<<<< HEAD
-class EvaluationError(SystemExit):
-    """An error that the user can correct: one message on stderr, exit code 1, no traceback."""
-=======
 class EvaluationError(experiment.UserError):
     """An error of an environment, a film or an export that the user can correct."""
->>>>>>> b8a79a68c8759cbc6cf90054327e2956ecebda2b
 
 
 class Env(NamedTuple):

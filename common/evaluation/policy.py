@@ -25,18 +25,12 @@ def stateless(act):
 class Policy:
     """The policy of one seed; keeps its memory, if it has any, between the steps of an episode."""
 
-<<<<<<< HEAD
-    def __init__(self, act, state):
-        """act: (state, carry, obs, reward, key) -> (action, carry), as an algorithm's `policy`."""
-        self._act, self._state = jax.jit(act), state
-=======
     def __init__(self, act, state, obs_dim=None):
         """act: (state, carry, obs, reward, key) -> (action, carry), see an algorithm's `policy`.
 
         obs_dim: D, to check observations by; None: any.
         """
         self._act, self._state, self._dim = jax.jit(act), state, obs_dim
->>>>>>> b8a79a68c8759cbc6cf90054327e2956ecebda2b
         self.reset()
 
     def reset(self):
@@ -90,13 +84,8 @@ def load(run):
 def load_policy(run, seed_index=0):
     """The Policy of one seed of a run: `action = policy(obs)`; `policy.reset()` begins an episode.
 
-<<<<<<< HEAD
-    run: the run folder. seed_index: counted from 0, whatever the run's first seed is. Raises
-    RunError as `load` does.
-=======
     run: its folder; seed_index: counted from 0, whatever the run's first seed. Raises RunError,
     and EvaluationError for a seed that the run does not have.
->>>>>>> b8a79a68c8759cbc6cf90054327e2956ecebda2b
     """
     module, cfg, state = load(run)
     choose_seed(run, cfg, seed_index, "seed_index")

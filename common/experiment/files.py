@@ -119,13 +119,6 @@ def make_private(folder):
     folder = folder.resolve()
     for path in (folder, *folder.parents):
         about = path.stat()
-<<<<<<< HEAD
-        open_to_others = about.st_mode & 0o022 and (
-            path == folder or not about.st_mode & stat.S_ISVTX
-        )
-        if about.st_uid not in (0, os.geteuid()) or open_to_others:
-=======
         sticky = about.st_mode & stat.S_ISVTX and path != folder
         if about.st_uid not in (0, os.geteuid()) or (about.st_mode & 0o022 and not sticky):
->>>>>>> b8a79a68c8759cbc6cf90054327e2956ecebda2b
             raise OSError(errno.EPERM, "Others can write to it", str(path))
