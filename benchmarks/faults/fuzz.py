@@ -38,7 +38,6 @@ import numpy as np
 import tyro
 
 from common import datasets
-from common.datasets import sources
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -48,6 +47,7 @@ GROWTH = 128 * 2**20  # bytes that the reading of one file may add to its proces
 KINDS = ("read", "refused", "exception", "crashed", "hung", "grew")
 FAULTS = KINDS[2:]
 HUGE = [0, 1, 2, 0x7F, 0x80, 0xFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1]
+MAGIC = b"\x89HDF\r\n\x1a\n"  # first bytes of an HDF5 file
 SIGNATURES = b"TREE HEAP SNOD OHDR OCHK FRHP FHDB FHIB BTHD BTLF BTIN GCOL EAHD EAIB FAHD".split()
 
 
@@ -186,7 +186,7 @@ def make_file(seed, i, wholes):
     if rng.random() < 0.25 and len(raw) > 64:
         raw = DAMAGES[rng.integers(len(DAMAGES))](rng, bytearray(raw))
     if rng.random() < 0.9:
-        raw[:8] = sources.MAGIC[: len(raw)]  # without it nothing else is looked at
+        raw[:8] = MAGIC[: len(raw)]  # without it the rest of the file is not read
     return layout, damage.__name__, bytes(raw)
 
 
@@ -196,7 +196,7 @@ def make_file(seed, i, wholes):
 def read(path, layout):
     """(kind, note) of one file, and refuses no more than a user would see."""
     try:
-        arrays, _ = datasets.read(sources.Source(path, layout), "")
+        arrays, _ = datasets.read(datasets.Source(path, layout), "")
     except datasets.DatasetError as error:
         ok = str(path.parent) in str(error) and "\n\n" not in str(error)
         return ("refused", "") if ok else ("exception", f"unclear: {error}")

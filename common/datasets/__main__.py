@@ -1,4 +1,4 @@
-"""Shows what is in a dataset, as a table and a picture: python -m common.datasets NAME."""
+"""Shows what is in a dataset as a table and a picture: python -m common.datasets NAME."""
 
 from pathlib import Path
 
@@ -12,21 +12,21 @@ from common import datasets
 
 
 def show(data):
-    """Prints facts of a datasets.Dataset as a table."""
+    """Prints a Dataset as a table."""
     table = Table(title=data.name, show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for title, text in facts(data):
-        clean = "".join(c if c.isprintable() else " " for c in text)  # metadata is anyone's
+        clean = "".join(c if c.isprintable() else " " for c in text)  # untrusted metadata
         table.add_row(title, Text(clean))
     Console().print(table)
 
 
 def facts(data) -> list[tuple[str, str]]:
-    """(title, text) of each row of the table."""
-    returns, told = data.returns(), data.provenance
+    """[(title, text)] of the rows of the table, for a Dataset."""
+    returns, origin = data.returns(), data.provenance
     terminals, episodes = int(data.done.sum()), len(data.start)
-    known = {True: "as published", False: "NOT as published", None: "nothing published to compare"}
+    known = {True: "as published", False: "NOT as published", None: "no published hash"}
     scored = data.ref_min is not None
     rows = [
         ("transitions", f"{len(data.obs):,}"),
@@ -36,34 +36,34 @@ def facts(data) -> list[tuple[str, str]]:
         ("return", spread(returns, "{:,.1f}")),
         ("normalised score", spread(data.score(returns), "{:.1f}") if scored else "no references"),
         ("references", f"0 is {data.ref_min:g}, 100 is {data.ref_max:g}" if scored else "none"),
-        ("scored on", data.env_id or "nothing: --env-id names an environment"),
+        ("scored on", data.env_id or "nothing; --env-id names an environment"),
         ("reward", spread(data.reward, "{:.3g}")),
         (f"obs ({data.obs.shape[1]})", ranges(data.obs)),
         (f"action ({data.action.shape[1]})", ranges(data.action)),
-        ("file", f"{told['file']} ({told['layout']} layout, {told['source']})"),
-        ("SHA-256", f"{told['sha256']} ({known[told['verified']]})"),
+        ("file", f"{origin['file']} ({origin['layout']} layout, {origin['source']})"),
+        ("SHA-256", f"{origin['sha256']} ({known[origin['verified']]})"),
     ]
-    for title, value in told["metadata"].items():
+    for title, value in origin["metadata"].items():
         nested = value if isinstance(value, dict) else {"": value}
         rows += [(f"{title} {key}".strip(), str(item)) for key, item in nested.items()]
     return rows
 
 
 def spread(values, form):
-    """Mean, deviation, extremes and quartiles of (N,) values."""
+    """Mean, deviation, range and quartiles of values (N,) in words; form: of one number."""
     low, first, middle, third, high = map(form.format, np.percentile(values, [0, 25, 50, 75, 100]))
     mean, std = form.format(values.mean()), form.format(values.std())
     return f"{mean} +- {std}   min {low}, quartiles {first} | {middle} | {third}, max {high}"
 
 
 def ranges(values):
-    """Lowest and highest of each column of (N, D) values."""
+    """Range of each column of values (N, D) in words."""
     pairs = zip(values.min(0), values.max(0), strict=True)
     return "  ".join(f"[{low:.3g}, {high:.3g}]" for low, high in pairs)
 
 
 def draw(data, path):
-    """Writes a picture of returns, episode lengths, actions and rewards to `path`."""
+    """Draws histograms of returns, episode lengths, rewards and actions of a Dataset to `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -95,7 +95,7 @@ def draw(data, path):
 
 
 def scales(data):
-    """Return to score, and back."""
+    """(the function from return to score, its inverse)."""
     width = data.ref_max - data.ref_min
     return data.score, lambda score: data.ref_min + np.asarray(score) / 100 * width
 
@@ -104,9 +104,9 @@ def main(name: tyro.conf.Positional[str], env_id: str = "", plot: Path | None = 
     """Show what is in a dataset.
 
     Args:
-        name: dataset name, Minari id or .hdf5 file, as for --env
-        env_id: Gymnasium id that a bare file is scored on
-        plot: file to draw returns, lengths, rewards and actions to, .png
+        name: D4RL name, Minari id or .hdf5 file, as for --env of an algorithm
+        env_id: Gymnasium id to score an .hdf5 file on
+        plot: .png file to draw histograms of returns, lengths, rewards and actions to
     """
     data = datasets.load(name, env_id)
     show(data)

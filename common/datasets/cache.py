@@ -1,7 +1,6 @@
-"""The flat cache of datasets: plain .npy files; nothing that goes wrong with it stops a load.
+"""The cache of loaded datasets: plain .npy files. No failure of the cache stops a load.
 
-about.json holds a checksum of each array. What does not have its checksum is read from the source
-again.
+about.json holds a checksum of each array; an entry with another checksum counts as missing.
 """
 
 import hashlib
@@ -18,15 +17,15 @@ import numpy as np
 from common import evaluation
 from common.experiment import files
 
-FORMAT = 3  # goes up whenever what is read from a file changes
+FORMAT = 3  # increased whenever the arrays read from a file change
 ARRAYS = ("obs", "action", "reward", "next_obs", "done", "start", "length")
 ABOUT = ("env_id", "ref_min", "ref_max", "provenance")
 
 
 def place(source):
-    """Folder of this source's arrays, whose name changes with the files and with what reads them.
+    """The folder of a Source's entry, or None without a home.
 
-    None where there is no home to keep it in.
+    Its name changes with the files and with everything else that the arrays depend on.
     """
     sources = [source.path, source.path.with_name("metadata.json")]
     stats = [f.stat() for f in sources if f.is_file()]
@@ -40,7 +39,7 @@ def place(source):
 
 
 def read(folder):
-    """(arrays, about) as `write` kept them, or None."""
+    """(arrays, about) as given to `write`, or None if there is no intact entry."""
     if folder is None:
         return None
     try:
@@ -57,7 +56,10 @@ def read(folder):
 
 
 def write(folder, arrays, about):
-    """Into a temporary folder, then renamed; what stood there of an older content goes."""
+    """Writes an entry to a temporary folder and renames it; removes older entries of the source.
+
+    folder: of `place`. arrays: {name: array} of ARRAYS. about: plain data.
+    """
     if folder is None:
         return
     part = None
@@ -74,6 +76,6 @@ def write(folder, arrays, about):
         crc32 = {name: files.checksum(x) for name, x in arrays.items()}
         files.write(part / "about.json", json.dumps({"about": about, "crc32": crc32}))
         part.rename(folder)
-    except (OSError, ValueError):  # a read-only home, a full disk: the next load reads the file
+    except (OSError, ValueError):  # a read-only home or a full disk: no entry
         if part:
             shutil.rmtree(part, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""D4RL's datasets: names, files, hashes, and the returns that score 0 and 100."""
+"""D4RL's datasets: names, files, sizes, hashes, reference returns (arXiv:2004.07219)."""
 
 import functools
 from pathlib import Path
@@ -13,7 +13,7 @@ REFERENCE = {  # returns that score 0 and 100 (D4RL, infos.py)
     "Walker2d": (1.629008, 4592.3),
     "Ant": (-325.6, 3879.7),
 }
-MAZES = {  # name: (part of the file's name, steps of an episode, reference returns)
+MAZES = {  # name: (part of the file's name, time limit in steps, reference returns)
     "umaze": ("umaze-sparse", 300, (23.85, 161.86)),
     "umaze-dense": ("umaze-dense", 300, (68.537689, 193.66285642381482)),
     "medium": ("medium-sparse", 600, (13.13, 277.39)),
@@ -21,7 +21,7 @@ MAZES = {  # name: (part of the file's name, steps of an episode, reference retu
     "large": ("large-sparse", 800, (6.7, 273.99)),
     "large-dense": ("large-dense", 800, (30.569041, 303.4857382709002)),
 }
-ANTMAZES = {  # name: (part of the file's name, steps of an episode)
+ANTMAZES = {  # name: (part of the file's name, time limit in steps)
     "umaze": ("u-maze_noisy_multistart_False_multigoal_False", 700),
     "umaze-diverse": ("u-maze_noisy_multistart_True_multigoal_True", 700),
     "medium-play": ("big-maze_noisy_multistart_True_multigoal_False", 1000),
@@ -29,7 +29,7 @@ ANTMAZES = {  # name: (part of the file's name, steps of an episode)
     "large-play": ("hardest-maze_noisy_multistart_True_multigoal_False", 1000),
     "large-diverse": ("hardest-maze_noisy_multistart_True_multigoal_True", 1000),
 }
-KITCHENS = {
+KITCHENS = {  # name: part of the file's name
     "complete": "mini_kitchen_microwave_kettle_light_slider",
     "partial": "kitchen_microwave_kettle_light_slider",
     "mixed": "kitchen_microwave_kettle_bottomburner_light",
@@ -37,20 +37,20 @@ KITCHENS = {
 
 
 class Source(NamedTuple):
-    """A file, and what its name tells before it is opened."""
+    """A dataset's file and what is known about it before it is opened."""
 
-    path: Path | str  # of the HDF5 file; while it is not found yet, below D4RL_HOST
-    layout: str = "D4RL"  # a D4RL name; "HDF5": a bare file in the same layout; "Minari"
-    env_id: str = ""  # to score on
+    path: Path | str  # of the HDF5 file; relative to D4RL_HOST until the file is found
+    layout: str = "D4RL"  # or "HDF5", a user's file in the same layout, or "Minari"
+    env_id: str = ""  # Gymnasium id to score on
     ref: tuple[float, float] | None = None  # returns that score 0 and 100
-    limit: int = 0  # steps of an episode at most; 0: unknown
+    limit: int = 0  # time limit of an episode in steps; 0: unknown
     size: int = 0  # bytes; 0: unknown
     sha256: str = ""  # "": unknown
 
 
 @functools.cache
 def d4rl_names() -> dict[str, Source]:
-    """D4RL's names and files; sizes and hashes where they are known."""
+    """{name: Source} of all D4RL datasets, with sizes and hashes as far as they are known."""
     names = {}
     for env, ref in REFERENCE.items():
         for kind in ("random", "medium", "expert", "medium-replay", "medium-expert", "full-replay"):

@@ -24,7 +24,7 @@ import h5py
 import numpy as np
 import pytest
 
-from common.datasets import sources
+from common.datasets import checked, downloads, sources
 
 ROOT = Path(__file__).parents[2]
 N = 60  # rows of the whole files, in episodes of 20
@@ -212,7 +212,7 @@ def twice_packed(file, folder):
 
 DATASETS = {
     "empty file": (lambda path: path.write_bytes(b""), "not an HDF5 file"),
-    "signature alone": (lambda path: path.write_bytes(sources.MAGIC), "cannot be opened"),
+    "signature alone": (lambda path: path.write_bytes(checked.MAGIC), "cannot be opened"),
     "truncated to a half": (truncated(0.5), "cannot be opened"),
     "truncated by a tenth": (truncated(0.9), "cannot be opened"),
     "a web page": (lambda path: path.write_text("<!DOCTYPE html>"), "begins with b'<!DOCTYP'"),
@@ -258,7 +258,7 @@ DATASETS = {
         edited(lambda f, _: f.create_dataset("rewards", (10**12,), "f4", compression="gzip")),
         "rewards: declares 1,000,000,000,000 values",
     ),
-    "packed twice": (edited(twice_packed), "rewards: is packed by HDF5's filters [1, 1]"),
+    "packed twice": (edited(twice_packed), "rewards: has HDF5 filters [1, 1]"),
     "external link": (
         edited(lambda file, folder: file.update(
             rewards=h5py.ExternalLink(str(folder / "other.hdf5"), "rewards"))),
@@ -268,8 +268,8 @@ DATASETS = {
         edited(lambda file, _: file.update(rewards=h5py.SoftLink("/timeouts"))),
         "rewards: is a soft link, which is not followed",
     ),
-    "external storage": (edited(external_storage), "rewards: its data lies in other files"),
-    "virtual dataset": (edited(virtual), "rewards: its data lies in other files"),
+    "external storage": (edited(external_storage), "rewards: its data are in other files"),
+    "virtual dataset": (edited(virtual), "rewards: its data are in other files"),
 }  # fmt: skip
 
 
@@ -284,11 +284,11 @@ def test_datasets(world, case, name):
 
 NAMES = {
     "missing file": (["--env", "nowhere.hdf5"], ["nowhere.hdf5: no such file", "--env "]),
-    "a name that is none": (["--env", "hopper-midium-v2"], ["did you mean hopper-medium-v2"]),
-    "a path that is none": (["--env", "../../etc/passwd-v0"], ["is no dataset"]),
+    "a name that is none": (["--env", "hopper-midium-v2"], ["Did you mean hopper-medium-v2"]),
+    "a path that is none": (["--env", "../../etc/passwd-v0"], ["unknown dataset '../../etc"]),
     "a name too long": (["--env", "a" * 5000 + ".hdf5"], ["cannot be read: File name too long"]),
     "home of nobody": (["--env", "~nobody-here/a.hdf5"], ["no such file"]),
-    "no name": (["--env", ""], ["'' is no dataset"]),
+    "no name": (["--env", ""], ["unknown dataset ''"]),
     "unknown env id": (
         ["--env", "good.hdf5", "--env-id", "Hoper-v5"],
         ["unknown environment 'Hoper-v5'", "Did you mean Hopper-v5"],
@@ -399,13 +399,13 @@ class Answers(http.server.BaseHTTPRequestHandler):
         pass
 
 
-BODY = sources.MAGIC + bytes(range(256)) * 40
+BODY = checked.MAGIC + bytes(range(256)) * 40
 PAGE = b"<!DOCTYPE html><html>Down for maintenance.</html>".ljust(len(BODY))
 DOWNLOADS = {
     "403": (403, "HTTP 403 Forbidden"),
     "404": (404, "HTTP 404 Not Found"),
     "500": (500, "HTTP 500 Internal Server Error"),
-    "a page of HTML": ((PAGE, len(PAGE), 0), "sent no HDF5 file; it begins with b'<!DOCTYPE html>"),
+    "a page of HTML": ((PAGE, len(PAGE), 0), "sent no HDF5 file but b'<!DOCTYPE html>"),
     "cut in the middle": ((BODY[:5000], len(BODY), 0), "broke off after 5,000 of 10,248 bytes"),
     "nothing": ((b"", 0, 0), "offers 0 bytes where D4RL's file has"),
     "another size": ((BODY[:5000], 5000, 0), "offers 5,000 bytes where D4RL's file has 10,248"),
@@ -423,7 +423,7 @@ def server(monkeypatch):
         address = f"http://127.0.0.1:{server.server_port}/"
         monkeypatch.setattr(sources, "D4RL_HOST", address)
         monkeypatch.setattr(sources, "D4RL_MIRROR", address + "mirror/")
-        monkeypatch.setattr(sources, "STALL", 0.5)
+        monkeypatch.setattr(downloads, "STALL", 0.5)
         known = sources.d4rl_names()["hopper-medium-v2"]
         sha256 = hashlib.sha256(BODY).hexdigest()
         known = known._replace(size=len(BODY), sha256=sha256)
@@ -437,7 +437,7 @@ def server(monkeypatch):
 @pytest.mark.parametrize("name", DOWNLOADS)
 def test_downloads(world, server, name):
     server.answer, message = DOWNLOADS[name]
-    parts = ["hopper-medium-v2 cannot be had", f"/hopper_medium-v2.hdf5: {message}"]
+    parts = ["hopper-medium-v2 was not found", f"/hopper_medium-v2.hdf5: {message}"]
     parts += [f"/mirror/hopper_medium-v2.hdf5: {message}", "Put hopper_medium-v2.hdf5 into"]
     began = time.monotonic()
     refuse(world, "iql", ["--env", "hopper-medium-v2"], [*parts, "Works offline: --env"], lines=7)

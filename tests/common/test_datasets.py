@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from common import datasets
-from common.datasets import DatasetError, readers, sources
+from common.datasets import DatasetError, checked, downloads, loading, readers, sources
 from common.datasets import __main__ as summary
 
 
@@ -98,7 +98,7 @@ def test_without_next_observations_nothing_crosses_an_episode(tmp_path, capsys):
     assert data.start.tolist() == [0, 4, 6]
     assert data.length.tolist() == [4, 2, 2]
     assert data.action.tobytes() == fields["actions"][kept].tobytes()
-    assert "2 last rows of episodes left out, 1 terminal rows" in capsys.readouterr().err
+    assert "2 last rows of episodes are left out, 1 terminal rows" in capsys.readouterr().err
 
 
 def test_episode_of_one_unknown_row_vanishes(tmp_path):
@@ -162,7 +162,7 @@ def test_bounds_need_not_lie_around_zero():
     zeros, action = np.zeros((3, 1)), np.float32([[0, -3], [5, -1], [10, -2]])
     flags = np.zeros(3, bool), np.array([False, False, True]), np.ones(3, bool)
     rows = readers.Rows(zeros, action, zeros[:, 0], zeros, *flags)
-    arrays, _ = datasets.flatten(rows, env)
+    arrays, _ = loading.flatten(rows, env)
     assert arrays["action"].tolist() == [[-1, -1], [0, 1], [1, 0]]
 
 
@@ -274,13 +274,13 @@ def test_hash_known_and_unknown(home, monkeypatch, capsys):
 
 
 def test_names_that_are_none():
-    with pytest.raises(DatasetError, match="did you mean .*hopper-medium-v2"):
+    with pytest.raises(DatasetError, match="Did you mean .*hopper-medium-v2"):
         datasets.load("hopper-medium-v0")
     with pytest.raises(DatasetError, match="scored on Hopper-v4"):
         datasets.load("hopper-medium-v2", "Hopper-v5")
     with pytest.raises(DatasetError, match=r"nowhere\.hdf5: no such file"):
         datasets.load("nowhere.hdf5")
-    with pytest.raises(DatasetError, match="is no dataset"):
+    with pytest.raises(DatasetError, match="unknown dataset"):
         datasets.load("mujoco/../../etc/passwd-v0")
 
 
@@ -339,7 +339,7 @@ def test_minari_layout_agrees_with_minari(minari_home):
     }.items():
         np.testing.assert_array_equal(getattr(data, field), np.concatenate(want), field)
     assert data.done.sum() == 6
-    with pytest.raises(DatasetError, match="is data of 'Pendulum-v1', not of --env-id Hopper-v5"):
+    with pytest.raises(DatasetError, match="--env-id Hopper-v5: .* holds data of Pendulum-v1"):
         datasets.load("own/pendulum/some-v0", "Hopper-v5")
     assert data.provenance["timeouts"] == 6
 
@@ -408,7 +408,7 @@ def test_the_default_dataset_loads_from_the_repository():
 
 # --- Downloads ---
 
-BODY = b"".join([sources.MAGIC, bytes(range(256)) * 40])
+BODY = b"".join([checked.MAGIC, bytes(range(256)) * 40])
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
@@ -472,7 +472,7 @@ def test_refused_downloads_then_a_clean_restart(server, home, tmp_path, monkeypa
         "HTTP 403 Forbidden": 403,
         "HTTP 404 Not Found": 404,
         "HTTP 500 Internal Server Error": 500,
-        "sent no HDF5 file; it begins with b'<!DOCTYPE html>": (page, len(page)),
+        "sent no HDF5 file but b'<!DOCTYPE html>": (page, len(page)),
         f"broke off after 1,000 of {len(body):,} bytes": (body[:1000], len(body)),
         f"offers 1,000 bytes where D4RL's file has {len(body):,}": (body[:1000], 1000),
         "refused, SHA-256": (bytes(wrong), len(body)),
@@ -542,7 +542,7 @@ def test_minari_downloads(minari_home, monkeypatch):
     """minari's own download is called, and what it raises becomes part of the one message."""
     import minari
 
-    monkeypatch.setattr(sources, "probe", lambda urls: dict.fromkeys(urls, ""))
+    monkeypatch.setattr(downloads, "probe", lambda urls: dict.fromkeys(urls, ""))
     monkeypatch.setattr(minari, "download_dataset", lambda name, **_: 1 / 0)
     with pytest.raises(
         DatasetError, match="farama-minari/own: ZeroDivisionError: division by zero"
@@ -559,11 +559,11 @@ def test_minari_downloads(minari_home, monkeypatch):
 
 def test_common_alone_says_where_the_bundled_data_is(home, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "BUNDLED", tmp_path / "elsewhere/data")
-    monkeypatch.setattr(sources, "probe", lambda _: pytest.fail("asked the network"))
+    monkeypatch.setattr(downloads, "probe", lambda _: pytest.fail("asked the network"))
     with pytest.raises(DatasetError) as refusal:
         datasets.load("stillwater/hopper/medium-replay-v0")
     text = str(refusal.value)
-    assert "cannot be had" in text
+    assert "was not found" in text
     assert str(tmp_path / "elsewhere/data") in text
     assert "--env FILE.hdf5 --env-id" in text
     assert "--env stillwater" not in text
@@ -571,10 +571,10 @@ def test_common_alone_says_where_the_bundled_data_is(home, tmp_path, monkeypatch
 
 def test_probe_asks_the_proxy_where_there_is_one(server, monkeypatch):
     url = "http://nowhere.invalid/x"
-    assert sources.probe([url])[url].startswith("no connection")
+    assert downloads.probe([url])[url].startswith("no connection")
     monkeypatch.setenv("http_proxy", f"127.0.0.1:{server.server_port}")
     monkeypatch.setenv("no_proxy", "")
-    assert sources.probe([url]) == {url: ""}
+    assert downloads.probe([url]) == {url: ""}
 
 
 # --- Cache ---
@@ -589,8 +589,8 @@ def test_cache_serves_the_second_load_until_the_file_changes(tmp_path, monkeypat
     path = write(tmp_path / "a.hdf5", fields)
     first = datasets.load(path)
     opened = []
-    reader = readers.Reader
-    monkeypatch.setattr(readers, "Reader", lambda path: opened.append(path) or reader(path))
+    file = checked.CheckedFile
+    monkeypatch.setattr(checked, "CheckedFile", lambda path: opened.append(path) or file(path))
     second = datasets.load(path)
     assert not opened
     assert same(first.transitions(), second.transitions())

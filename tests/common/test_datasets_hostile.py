@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from common import datasets
-from common.datasets import DatasetError, readers
+from common.datasets import DatasetError, checked
 from common.datasets import __main__ as summary
 
 N = 6
@@ -88,7 +88,11 @@ VALUES = {
     "scalar": ("rewards", lambda v: 1.0, "has shape (), needs 1 axes"),
     "null": ("rewards", lambda v: h5py.Empty("f4"), "has shape None"),
     "no columns": ("observations", lambda v: v[:, :0], "has shape (6, 0)"),
-    "short": ("rewards", lambda v: v[:-1], "rows differ: observations 6, actions 6, rewards 5"),
+    "short": (
+        "rewards",
+        lambda v: v[:-1],
+        "rows differ: observations 6, actions 6, rewards 5",
+    ),
     "long next": ("next_observations", lambda v: np.zeros((7, 3)), "next_observations 7"),
     "wide next": ("next_observations", lambda v: np.zeros((N, 4)), "has shape (6, 4), not (6, 3)"),
     "short flags": ("timeouts", lambda v: v[1:], "timeouts 5"),
@@ -210,8 +214,8 @@ def virtual(file, folder):
     [
         (external_link, "is an external link"),
         (soft_link, "is a soft link"),
-        (external_storage, "its data lies in other files"),
-        (virtual, "its data lies in other files"),
+        (external_storage, "its data are in other files"),
+        (virtual, "its data are in other files"),
     ],
 )
 def test_ways_out_of_the_file_are_refused(tmp_path, leave, message):
@@ -260,7 +264,7 @@ def test_many_names_of_one_array_are_held_against_the_memory(tmp_path, monkeypat
         for i in range(1, 100):
             file[f"episode_{i}"] = file["episode_0"]
     assert len(datasets.load("own/x-v0").start) == 100
-    monkeypatch.setattr(readers, "MEMORY", 3000)
+    monkeypatch.setattr(checked, "MEMORY", 3000)
     path.touch()
     with pytest.raises(DatasetError, match=r"episode_\d+/\w+: declares"):
         datasets.load("own/x-v0")
@@ -292,7 +296,7 @@ def minari_dataset(tmp_path, name, metadata="{}", **changes):
 
 
 EPISODES = {
-    "rows differ: episode_0/observations - 1 5": {"observations": np.zeros((N, 3))},
+    "numbers of rows differ: episode_0/observations - 1 5": {"observations": np.zeros((N, 3))},
     "episode_0/actions: no rows": {
         "observations": np.zeros((1, 3)), "actions": np.zeros((0, 1)), "rewards": np.zeros(0),
         "terminations": np.zeros(0, bool), "truncations": np.zeros(0, bool),
@@ -380,7 +384,7 @@ def test_a_command_ends_with_one_message_and_code_1(tmp_path):
     fields = good()
     fields["rewards"] = changed(fields["rewards"], 3, np.nan)
     path = write(tmp_path / "a.hdf5", fields)
-    root = readers.Path(readers.__file__).parents[2]
+    root = checked.Path(checked.__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-m", "common.datasets", str(path)],
         cwd=root, capture_output=True, text=True, check=False,

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common import datasets
-from common.datasets import Batch, readers
+from common.datasets import Batch, checked, loading, readers
 
 # Derandomised: the same in each run. No deadline: the first example compiles.
 steady = settings(deadline=None, derandomize=True, database=None, max_examples=100,
@@ -55,10 +55,10 @@ def read(fields):
             for name, values in fields.items():
                 file[name] = values
         try:
-            rows = readers.read_d4rl(readers.Reader(path), readers.Env())
+            rows = readers.read_d4rl(checked.CheckedFile(path), readers.Env())
         except datasets.DatasetError as error:
             return str(error).replace(folder, ""), None
-        return datasets.flatten(rows, readers.Env())
+        return loading.flatten(rows, readers.Env())
 
 
 @steady

@@ -1,0 +1,165 @@
+"""Checked arrays of an HDF5 file that nobody vouches for.
+
+Only numbers stored in the file itself are read: no pickles, no links, no code. Declared sizes are
+compared with the size of the file before memory is allocated.
+"""
+
+import hashlib
+import math
+import re
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from common import experiment
+from common.datasets import hdf5
+
+MAGIC = b"\x89HDF\r\n\x1a\n"  # first bytes of an HDF5 file
+MEMORY = 16 * 2**30  # bytes that the arrays of one file may take
+DEFLATE = 1100  # the best compression ratio of gzip, about
+
+
+class DatasetError(experiment.UserError):
+    """A dataset that cannot be found or read."""
+
+
+class CheckedFile:
+    """An open HDF5 file; whatever is wrong raises a DatasetError that names file, field and row."""
+
+    def __init__(self, path: Path):
+        self.path, self.left = path, MEMORY
+        try:
+            with open(path, "rb") as file:
+                head = file.read(8)
+            if head != MAGIC:
+                raise DatasetError(f"{path}: not an HDF5 file (it begins with {head!r})")
+            self.bytes = path.stat().st_size
+            self.file = h5py.File(path, "r", locking=False)
+        except Exception as error:  # h5py raises many kinds for a damaged file, here and below
+            raise DatasetError(f"{path}: cannot be opened: {error}") from None
+
+    def close(self):
+        """Closes the file."""
+        self.file.close()
+
+    def sha256(self):
+        """The SHA-256 of the file, in hexadecimal."""
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def refusal(self, field, why):
+        """The DatasetError for a field."""
+        return DatasetError(f"{self.path}: {field}: {why}")
+
+    def episodes(self):
+        """Names of Minari's episodes, groups at the top of the file, in order."""
+        try:
+            names = [name for name in self.file if re.fullmatch(r"episode_\d+", name, re.ASCII)]
+        except Exception as error:
+            raise self.refusal("episodes", f"cannot be listed: {error}") from None
+        return sorted(names, key=lambda name: (len(name), name))
+
+    def item(self, field):
+        """The group or array at `field`, or None; links are refused."""
+        here = self.file
+        try:
+            for name in field.split("/"):
+                link = here.get(name, getlink=True) if isinstance(here, h5py.Group) else None
+                if link is None:
+                    return None
+                if not isinstance(link, h5py.HardLink):
+                    kind = "an external" if isinstance(link, h5py.ExternalLink) else "a soft"
+                    raise self.refusal(field, f"is {kind} link, which is not followed")
+                here = here[name]
+        except Exception as error:
+            raise self.refusal(field, f"cannot be read: {error}") from None
+        return here
+
+    def array(self, field, ndim):
+        """Finite float32 numbers at `field`, with `ndim` axes; only the first may have length 0."""
+        item = self.item(field)
+        if not isinstance(item, h5py.Dataset):
+            raise self.refusal(field, "missing" if item is None else "a group, not an array")
+        try:
+            if item.is_virtual or item.external:
+                raise self.refusal(field, "its data are in other files, which are not opened")
+            if item.dtype.kind not in "fiub":
+                raise self.refusal(field, f"holds {item.dtype} values, not numbers")
+            if item.shape is None or len(item.shape) != ndim or 0 in item.shape[1:]:
+                raise self.refusal(field, f"has shape {item.shape}, needs {ndim} axes")
+            size = math.prod(item.shape)
+            need = item.dtype.itemsize * max(size, math.prod(item.chunks or (1,)))
+            if need > DEFLATE * self.bytes + 2**16 or need > self.left:
+                raise self.refusal(
+                    field, f"declares {size:,} values, {need:,} bytes, in a file of {self.bytes:,}"
+                )
+            self.left -= need
+            raw = hdf5.array(self.path, item)
+            with np.errstate(over="ignore"):  # a number too large for float32 becomes inf
+                values = raw.astype(np.float32, copy=False)
+        except hdf5.NotStored as error:
+            raise self.refusal(field, str(error)) from None
+        except Exception as error:
+            raise self.refusal(field, f"cannot be read: {error}") from None
+        finite = np.isfinite(values)
+        if not finite.all():
+            row, *column = np.argwhere(~finite)[0]
+            where = f"row {row}" + (f", column {column[0]}" if column else "")
+            raise self.refusal(field, f"{where}: {raw[(row, *column)]} is not a finite float32")
+        return values
+
+    def flags(self, field):
+        """(N,) bool, from booleans or the numbers 0 and 1."""
+        values = self.array(field, 1)
+        wrong = np.flatnonzero((values != 0) & (values != 1))
+        if wrong.size:
+            raise self.refusal(field, f"row {wrong[0]}: {values[wrong[0]]} is neither 0 nor 1")
+        return values > 0
+
+    def obs(self, field, env):
+        """Observations (N, D). A dict of a goal environment gives `observation` and `desired_goal`.
+
+        If `observation` lacks the position, as in AntMaze, `achieved_goal` comes first.
+        """
+        if isinstance(self.item(field), h5py.Group):
+            names = ("achieved_goal", "observation", "desired_goal")
+            place, seen, goal = (self.array(f"{field}/{name}", 2) for name in names)
+            if len({len(place), len(seen), len(goal)}) > 1:
+                raise self.refusal(field, f"{', '.join(names)} differ in length")
+            located = np.array_equal(seen[:, : place.shape[1]], place)
+            values = np.concatenate([seen, goal] if located else [place, seen, goal], 1)
+        else:
+            values = self.array(field, 2)
+        if (values.shape[1], env.obs_dim) == (111, 27) and not values[:, 27:].any():
+            values = values[:, :27]  # D4RL's Ant has contact forces, all zero; v4 has none
+        if env.obs_dim and values.shape[1] != env.obs_dim:
+            raise self.refusal(
+                field, f"{values.shape[1]} columns where {env.env_id} has {env.obs_dim}"
+            )
+        return values
+
+    def actions(self, field, env):
+        """Actions (N, A) within the environment's bounds up to rounding."""
+        values = self.array(field, 2)
+        if env.env_id and values.shape[1:] != env.low.shape:
+            raise self.refusal(
+                field, f"{values.shape[1]} columns, not {env.env_id}'s {len(env.low)}"
+            )
+        slack = 1e-5 * (env.high - env.low)
+        wrong = np.argwhere((values < env.low - slack) | (values > env.high + slack))
+        if wrong.size:
+            row, column = wrong[0]
+            low, high = (np.broadcast_to(x, values.shape[1])[column] for x in (env.low, env.high))
+            raise self.refusal(
+                field,
+                f"row {row}, column {column}: {values[row, column]:.7g} is not within the action's "
+                f"bounds {low:g} and {high:g}" + (f" of {env.env_id}" if env.env_id else ""),
+            )
+        return values
+
+    def same_length(self, sizes):
+        """Refuses fields of unequal length. sizes: {field: rows}."""
+        if len(set(sizes.values())) > 1:
+            rows = ", ".join(f"{field} {size:,}" for field, size in sizes.items())
+            raise DatasetError(f"{self.path}: numbers of rows differ: {rows}")
