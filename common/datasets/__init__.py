@@ -22,7 +22,7 @@ from common import evaluation
 from common.datasets import cache, readers, sources
 from common.datasets.d4rl import REFERENCE
 from common.datasets.sources import DatasetError
-from common.experiment import printable
+from common.experiment import printable, runtime
 
 
 class Batch(NamedTuple):
@@ -124,7 +124,11 @@ def load(name: str, env_id: str = "") -> Dataset:
     place = cache.place(source)
     kept = cache.read(place)
     if kept is None:
-        kept = read(source, origin)
+        try:
+            kept = read(source, origin)
+        except MemoryError:
+            free = f"this machine has {runtime.free_memory():,} bytes of memory left"
+            raise DatasetError(f"{source.path}: does not fit: {free}") from None
         cache.write(place, *kept)
     arrays, about = kept
     for note in about["provenance"]["notes"]:

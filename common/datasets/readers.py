@@ -17,8 +17,10 @@ import numpy as np
 from common.datasets import hdf5
 from common.datasets.sources import MAGIC, DatasetError
 from common.evaluation import Env
+from common.experiment import runtime
 
 MEMORY = 16 * 2**30  # bytes that the arrays of one file may take
+COPIES = 4  # of them, while episodes are made
 DEFLATE = 1100  # gzip's best ratio, about
 
 
@@ -38,7 +40,7 @@ class Reader:
     """Checked arrays of the HDF5 file `path`; a refusal is a DatasetError naming file and field."""
 
     def __init__(self, path: Path):
-        self.path, self.left = path, MEMORY
+        self.path, self.left = path, min(MEMORY, runtime.free_memory() // COPIES)
         try:
             with open(path, "rb") as file:
                 head = file.read(8)
@@ -96,7 +98,9 @@ class Reader:
             need = item.dtype.itemsize * max(size, math.prod(item.chunks or (1,)))
             if need > DEFLATE * self.bytes + 2**16 or need > self.left:
                 raise self.refusal(
-                    field, f"declares {size:,} values, {need:,} bytes, in a file of {self.bytes:,}"
+                    field,
+                    f"declares {size:,} values, {need:,} bytes, in a file of {self.bytes:,}; "
+                    f"this machine has memory for {self.left:,}",
                 )
             self.left -= need
             raw = hdf5.array(self.path, item)

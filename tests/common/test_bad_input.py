@@ -312,7 +312,7 @@ NAMES = {
         ["--env", "hopper-medium-v2", "--env-id", "Hopper-v5"],
         ["hopper-medium-v2 is scored on Hopper-v4", "--env-id Hopper-v5 is for a bare file"],
     ),
-    "no env id": (["--env", "good.hdf5"], ["no environment to be scored on", "--env-id"]),
+    "no env id": (["--env", "good.hdf5"], ["no environment to score on", "--env-id"]),
 }  # fmt: skip
 
 
@@ -355,8 +355,8 @@ def evil(env_id):
 
 
 METADATA = {
-    "code in the metadata's entry point": (evil("Evil-v0"), "no environment to be scored on"),
-    "code in the metadata's id": (evil("evil:Evil-v0"), "no environment to be scored on"),
+    "code in the metadata's entry point": (evil("Evil-v0"), "no environment to score on"),
+    "code in the metadata's id": (evil("evil:Evil-v0"), "no environment to score on"),
     "metadata that are no JSON": ("{", "metadata.json: not readable as JSON metadata"),
     "metadata without an end": ("[" * 100_000, "metadata.json: not readable as JSON metadata"),
 }
@@ -410,7 +410,7 @@ DOWNLOADS = {
     "another size": ((BODY[:5000], 5000, 0), "offers 5,000 bytes where D4RL's file has 10,248"),
     "a wrong hash": ((BODY[:-1] + b"x", len(BODY), 0), "refused, SHA-256"),
     "no length, too long": ((BODY + b"x", None, 0), "sends more than 10,248 bytes"),
-    "silent": ((BODY[:100], len(BODY), 60), "timed out"),
+    "silent": ((BODY[:100], len(BODY), 60), "sends less than 1,024 bytes a second"),
     "slow": ((BODY, len(BODY), 0.02), "sends less than 1,024 bytes a second"),
 }
 
@@ -520,7 +520,7 @@ FLAGS = {
     "combo --real-fraction 1": "--real-fraction 1.0: must be above 0, below 1",
     "combo --real-fraction 0.01": "--real-fraction must leave rows of the data and of the model",
     "combo --model-widths 8": "--model-decay needs one value more than --model-widths",
-    "combo --rollout-every 300 --eval-every 1000": "--log-every 1000, --rollout-every 300: one must",
+    "combo --rollout-every 300 --eval-every 1000": "--log-every 1000, --rollout-every 300: one",
     "combo --retain 10000 --rollout-batch 1000000": "50,000,000,000 rows are too many",
     "diffuser --horizon 6": "--horizon 6: must be a multiple of 8",
     "diffuser --width 12": "--width must be a multiple of 8",
