@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common import datasets
-from common.experiment import printable, runtime
+from common.experiment import plots, printable, runtime
 
 
 def show(data):
@@ -92,7 +92,8 @@ def draw(data, path):
     axes[1, 1].set(xlabel="action, by dimension", ylabel="count")
     if data.action.shape[1] <= 10:
         axes[1, 1].legend(ncols=2, loc="upper right")
-    figure.savefig(path, dpi=120)
+    with plots.any_text():
+        figure.savefig(path, dpi=120)
 
 
 def scales(data):

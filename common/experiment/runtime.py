@@ -2,6 +2,7 @@
 
 import atexit
 import hashlib
+import io
 import os
 import platform
 import shutil
@@ -43,7 +44,7 @@ def open_streams():
     """Lets stdout and stderr take any text, also without UTF-8; closed ones take it to nowhere."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, io.StringIO())
         with suppress(AttributeError, ValueError):  # a notebook's has no such method
             getattr(sys, name).reconfigure(errors="backslashreplace")
 

@@ -322,8 +322,8 @@ def flip(path):
     path.write_bytes(raw)
 
 
-def no_numbers(path):
-    np.save(path, np.load(path) * 0)
+def numbers(path):
+    np.save(path, np.load(path) + 1)
 
 
 def columns(path):
@@ -335,12 +335,12 @@ def pipe(path):
     os.mkfifo(path)
 
 
-@pytest.mark.parametrize("damage", [zeros, flip, no_numbers, columns, pipe, Path.unlink])
+@pytest.mark.parametrize("damage", [zeros, flip, numbers, columns, pipe, Path.unlink])
 def test_a_damaged_cache_is_not_believed(kept, damage):
     path, data, folder = kept
     for name in (*cache.ARRAYS, "about"):
         (file,) = folder.glob(f"{name}.*")
-        if file.suffix == ".json" and damage in (no_numbers, columns):
+        if file.suffix == ".json" and damage in (numbers, columns):
             continue
         damage(file)
         assert cache.read(folder) is None, name
@@ -381,9 +381,7 @@ def test_a_checksum_knows_numbers_shapes_and_kinds():
     others = x + 1, x[::-1], x.reshape(2, 3), x.reshape(3, 2), x.astype(np.float64), x[:5]
     assert len({files.checksum(y) for y in (x, *others)}) == 7
     assert files.checksum(x.reshape(2, 3).T.copy()) == files.checksum(x.reshape(2, 3).T)
-    assert files.checksum(x[:0]) != files.checksum(
-        x.reshape(0, 6) if False else x[:0].reshape(0, 3)
-    )
+    assert files.checksum(x[:0]) != files.checksum(x[:0].reshape(0, 3))
 
 
 def test_resume_compares_the_data_that_are_trained_on(half, monkeypatch):
@@ -804,11 +802,8 @@ def test_the_memory_of_the_machine_is_known(kept, monkeypatch):
     assert 2**20 < runtime.free_memory() < 2**50
     with monkeypatch.context() as patch:
         patch.setattr(runtime, "free_memory", lambda: 1200)
-        with pytest.raises(
-            datasets.DatasetError, match="this machine has memory for 300$"
-        ) as error:
+        with pytest.raises(datasets.DatasetError, match="480 bytes.* has memory for 300$"):
             datasets.load(str(path))
-    assert "480 bytes" in str(error.value)
 
     def read(*args):
         raise MemoryError
