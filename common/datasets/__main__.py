@@ -9,16 +9,16 @@ from rich.table import Table
 from rich.text import Text
 
 from common import datasets
+from common.experiment import plots, printable, runtime
 
 
 def show(data):
     """Prints a Dataset as a table."""
-    table = Table(title=data.name, show_header=False, title_justify="left")
+    table = Table(title=Text(printable(data.name)), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for title, text in facts(data):
-        clean = "".join(c if c.isprintable() else " " for c in text)  # untrusted metadata
-        table.add_row(title, Text(clean))
+        table.add_row(Text(printable(title)), Text(printable(text)))  # untrusted
     Console().print(table)
 
 
@@ -70,7 +70,8 @@ def draw(data, path):
     figure = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
-    figure.suptitle(f"{data.name}: {len(data.obs):,} transitions, {len(data.start):,} episodes")
+    title = f"{data.name}: {len(data.obs):,} transitions, {len(data.start):,} episodes"
+    figure.suptitle(printable(title), parse_math=False)
     returns = data.returns()
     panels = {
         "undiscounted return of an episode": returns,
@@ -91,7 +92,8 @@ def draw(data, path):
     axes[1, 1].set(xlabel="action, by dimension", ylabel="count")
     if data.action.shape[1] <= 10:
         axes[1, 1].legend(ncols=2, loc="upper right")
-    figure.savefig(path, dpi=120)
+    with plots.any_text():
+        figure.savefig(path, dpi=120)
 
 
 def scales(data):
@@ -108,6 +110,7 @@ def main(name: tyro.conf.Positional[str], env_id: str = "", plot: Path | None = 
         env_id: Gymnasium id to score an .hdf5 file on
         plot: .png file to draw histograms of returns, lengths, rewards and actions to
     """
+    runtime.open_streams()
     data = datasets.load(name, env_id)
     show(data)
     if plot:

@@ -14,9 +14,11 @@ import numpy as np
 
 from common import experiment
 from common.datasets import hdf5
+from common.experiment import runtime
 
 MAGIC = b"\x89HDF\r\n\x1a\n"  # first bytes of an HDF5 file
 MEMORY = 16 * 2**30  # bytes that the arrays of one file may take
+COPIES = 4  # of these arrays exist while episodes are made
 DEFLATE = 1100  # the best compression ratio of gzip, about
 
 
@@ -28,7 +30,7 @@ class CheckedFile:
     """An open HDF5 file; whatever is wrong raises a DatasetError that names file, field and row."""
 
     def __init__(self, path: Path):
-        self.path, self.left = path, MEMORY
+        self.path, self.left = path, min(MEMORY, runtime.free_memory() // COPIES)
         try:
             with open(path, "rb") as file:
                 head = file.read(8)
@@ -92,7 +94,9 @@ class CheckedFile:
             need = item.dtype.itemsize * max(size, math.prod(item.chunks or (1,)))
             if need > DEFLATE * self.bytes + 2**16 or need > self.left:
                 raise self.refusal(
-                    field, f"declares {size:,} values, {need:,} bytes, in a file of {self.bytes:,}"
+                    field,
+                    f"declares {size:,} values, {need:,} bytes, in a file of {self.bytes:,}; "
+                    f"this machine has memory for {self.left:,}",
                 )
             self.left -= need
             raw = hdf5.array(self.path, item)

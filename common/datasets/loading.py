@@ -11,7 +11,7 @@ from common.datasets import cache, checked, readers, sources
 from common.datasets.checked import DatasetError
 from common.datasets.d4rl import REFERENCE
 from common.datasets.dataset import Dataset
-from common.experiment import printable
+from common.experiment import printable, runtime
 
 
 def load(name: str, env_id: str = "") -> Dataset:
@@ -24,7 +24,11 @@ def load(name: str, env_id: str = "") -> Dataset:
     place = cache.place(source)
     kept = cache.read(place)
     if kept is None:
-        kept = read(source, origin)
+        try:
+            kept = read(source, origin)
+        except MemoryError:
+            free = f"this machine has {runtime.free_memory():,} bytes of memory left"
+            raise DatasetError(f"{source.path}: does not fit: {free}") from None
         cache.write(place, *kept)
     arrays, about = kept
     for note in about["provenance"]["notes"]:

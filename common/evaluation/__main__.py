@@ -11,6 +11,7 @@ import tyro
 from common import evaluation, experiment
 from common.evaluation import export as exports
 from common.evaluation import video as films
+from common.experiment import printable, runtime
 
 
 def main(
@@ -29,6 +30,7 @@ def main(
         episodes: number of episodes; 0: as many as in training, one for a film
         seed: the seed to film or export, counted from 0
     """
+    runtime.open_streams()
     run = Path(os.path.expanduser(run))
     if episodes < 0:
         raise evaluation.EvaluationError(f"--episodes {episodes}: must be at least 0.")
@@ -47,13 +49,13 @@ def main(
     if export:
         one = jax.tree.map(lambda x: x[seed], state)
         path = exports.export(export, jax.jit(module.policy(cfg)), one, env_id, obs_dim)
-        print(f"{path}: the policy of seed {cfg.seed + seed}")
+        print(printable(f"{path}: the policy of seed {cfg.seed + seed}"))
         return
     act = jax.jit(jax.vmap(module.policy(cfg), (0, 0, 0, 0, None)))
     if video:
         act = functools.partial(act, jax.tree.map(lambda x: x[seed : seed + 1], state))
         returns = films.film(act, env_id, video, episodes or 1)
-        print(f"{video}: {env_id}, return {', '.join(f'{r:.1f}' for r in returns)}")
+        print(printable(f"{video}: {env_id}, return {', '.join(f'{r:.1f}' for r in returns)}"))
         return
     act = functools.partial(act, state)
     returns = evaluation.evaluate(act, env_id, cfg.num_seeds, episodes or cfg.eval_episodes)

@@ -10,7 +10,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from common.experiment import folders
+from common.experiment import folders, runtime
 from common.experiment.checkpoint import RunError
 
 INT32 = 2**31 - 1
@@ -43,6 +43,8 @@ def resolve(cfg, tuned=None, dataset=None):
     """
     if "--resume=" in sys.argv or ("--resume", "") in itertools.pairwise(sys.argv):
         raise RunError("--resume '': needs a run folder.")
+    runtime.last_words = f"{cfg.resume} is as it was." if cfg.resume else "Nothing is saved yet."
+    runtime.open_streams()
     cfg = _resumed(cfg) if cfg.resume else cfg
     if dataset is not None:
         cfg = dataclasses.replace(cfg, env=dataset.name)

@@ -78,9 +78,14 @@ class Divergence:
 
 
 def read(folder):
-    """{seed: {"step": ..., "message": ...}} of the diverged seeds in a run folder."""
+    """{seed: {"step": ..., "message": ...}} of the diverged seeds in a run folder.
+
+    Raises OSError, and ValueError for damaged content.
+    """
     path = folder / "diverged.json"
     found = files.read_json(path) if os.path.lexists(path) else {}
-    return {
-        seed: {"step": int(x["step"]), "message": str(x["message"])} for seed, x in found.items()
-    }
+    try:
+        pairs = {seed: (int(x["step"]), str(x["message"])) for seed, x in found.items()}
+    except (LookupError, TypeError):
+        raise ValueError("diverged.json: a seed has no step or no message") from None
+    return {seed: {"step": step, "message": message} for seed, (step, message) in pairs.items()}

@@ -147,7 +147,10 @@ def restore(folder, template):
     _, saved = checkpoint.read(folder)
     if saved is None:
         raise RunError(f"{folder} has no checkpoint yet.")
-    messages = [seed["message"] for seed in divergence.read(folder).values()]
+    try:
+        messages = [seed["message"] for seed in divergence.read(folder).values()]
+    except (OSError, ValueError) as error:
+        raise RunError(f"{folder / 'diverged.json'} is damaged: {error}.") from None
     return checkpoint.fill(template, saved), messages
 
 

@@ -2,10 +2,19 @@
 
 import io
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 
 from common.experiment import files
+
+
+@contextmanager
+def any_text():
+    """Nothing is said of characters that the font does not have."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
 
 
 def plot(path, title, columns, levels):
@@ -53,8 +62,7 @@ def plot(path, title, columns, levels):
     axes[-1, 0].set_xlabel("gradient updates")
     axes[-1, 0].xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     picture = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    with any_text():
         figure.tight_layout()
         figure.savefig(picture, dpi=150, format="png")
     files.write(path, picture.getvalue())

@@ -9,6 +9,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from common.experiment import files, runtime
+
 QUIET = 60.0  # seconds without a line, in a log that is not a terminal
 
 
@@ -31,7 +33,12 @@ class Display:
 
     def log(self, line):
         """Prints a line, above the bar if one is shown."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        line = "\n".join(map(files.printable, line.split("\n")))
+        try:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        except (OSError, ValueError) as error:  # no reason to lose the training
+            runtime.give_up_stdout(error)
+            self.console = Console(quiet=True, force_terminal=False)
 
     def start(self, step, total):
         """Shows the bar, which pulses until the first chunk has been compiled and is done."""

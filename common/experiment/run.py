@@ -43,15 +43,13 @@ class Run:
                 self._reopen()
             self._loggers = Loggers(self.folder, self._seeds, vars(cfg) if cfg.wandb else None)
             self._lock = lock.pop_all()
-        if self.step:
-            runtime.last_words = self._resume_hint()
+        runtime.last_words = self._resume_hint() if self.step else "Nothing is saved yet."
         behaviour = self._describe(dataset.returns())
         self.log(f"{dataset.name}: {len(dataset.obs):,} transitions, behaviour's {behaviour}")
         seeds = "1 seed" if cfg.num_seeds == 1 else f"{cfg.num_seeds} seeds"
         self.log(f"{cfg.num_updates:,} updates of {seeds} on {self._facts['device']}")
         self.log(f"Run folder: {_short(self.folder)}")
         if self.step < cfg.num_updates:
-            runtime.quiet_interrupt()
             self._display.start(self.step, cfg.num_updates)
 
     def _reopen(self):

@@ -1,6 +1,8 @@
 """The machine below a run: devices, compiled programs, signals, versions."""
 
+import atexit
 import hashlib
+import io
 import os
 import platform
 import shutil
@@ -28,6 +30,7 @@ def _excepthook(kind, error, trace, before=sys.excepthook):
     """Ends a command at Ctrl-C with one sentence and exit code 130."""
     if not issubclass(kind, KeyboardInterrupt):
         return before(kind, error, trace)
+    atexit._run_exitfuncs()  # a progress bar shows the cursor again
     with suppress(OSError, ValueError, AttributeError):
         print(f"Stopped. {last_words}".rstrip(), file=sys.stderr)
         sys.stdout.flush()
@@ -35,6 +38,23 @@ def _excepthook(kind, error, trace, before=sys.excepthook):
 
 
 sys.excepthook = _excepthook
+
+
+def open_streams():
+    """Lets stdout and stderr take any text, also without UTF-8; closed ones take it to nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, io.StringIO())
+        with suppress(AttributeError, ValueError):  # a notebook's has no such method
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def give_up_stdout(error):
+    """Ends a command's output, and not the command, where a disk is full or a pipe is closed."""
+    with suppress(OSError, ValueError):
+        print(f"Cannot write to stdout ({error}); nothing more is shown.", file=sys.stderr)
+    with suppress(OSError, ValueError, AttributeError):  # what is buffered goes there, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_device():
@@ -120,19 +140,6 @@ def on_interrupt(first, again):
         os.close(writing)
 
 
-def quiet_interrupt():
-    """From now on an uncaught KeyboardInterrupt ends the process with a line, not a traceback."""
-
-    def hook(kind, *rest):
-        if issubclass(kind, KeyboardInterrupt):
-            print("Stopped.", file=sys.stderr)
-        else:
-            sys.__excepthook__(kind, *rest)
-
-    if sys.excepthook is sys.__excepthook__:
-        sys.excepthook = hook
-
-
 def machine():
     """What a run's bits depend on besides its config, as plain data.
 
@@ -165,6 +172,26 @@ def machine():
             "flags": os.environ.get("XLA_FLAGS", ""),
         },
     }
+
+
+def free_memory():
+    """Bytes that this process may still take: of the machine, its container and `ulimit -v`."""
+    free = [2**62]
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free += [int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:")]
+    with suppress(OSError, ValueError):  # "max": no limit
+        group = Path("/sys/fs/cgroup")
+        most, now = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free.append(most - now)
+    with suppress(ImportError, OSError):
+        import resource
+
+        most, _ = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        if most != resource.RLIM_INFINITY:
+            free.append(most - pages * resource.getpagesize())
+    return max(0, min(free))
 
 
 def cores():

@@ -411,7 +411,7 @@ DOWNLOADS = {
     "another size": ((BODY[:5000], 5000, 0), "offers 5,000 bytes where D4RL's file has 10,248"),
     "a wrong hash": ((BODY[:-1] + b"x", len(BODY), 0), "refused, SHA-256"),
     "no length, too long": ((BODY + b"x", None, 0), "sends more than 10,248 bytes"),
-    "silent": ((BODY[:100], len(BODY), 60), "timed out"),
+    "silent": ((BODY[:100], len(BODY), 60), "sends less than 1,024 bytes a second"),
     "slow": ((BODY, len(BODY), 0.02), "sends less than 1,024 bytes a second"),
 }
 
