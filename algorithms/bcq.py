@@ -237,9 +237,10 @@ def minibatch(state, data, rows):
 
 
 def train_chunk(state, data, key, step, cfg):
-    """The `log_every` updates up to update `step`, on minibatches of `data`; metrics averaged.
+    """The `log_every` updates up to update `step`, on minibatches of `data`, a Batch of N rows.
 
-    Update t draws from fold_in(key, t): a run does not depend on how it is cut into chunks.
+    Metrics averaged. Update t draws from fold_in(key, t): a run does not depend on how it is cut
+    into chunks.
     """
 
     def one(state, t):

@@ -53,7 +53,7 @@ def config(**values):
         num_updates=1000, log_every=20, batch_size=16, critic_lr=3e-3, widths=(8, 8),
         beta=1.0, rollout_every=10, horizon=2,
         rollout_batch=20, retain=2, model_widths=(16, 16), model_decay=(2.5e-5, 5e-5, 1e-4),
-        num_members=3, num_elites=2,
+        num_members=3, num_elites=2, num_actions=10,
     )  # fmt: skip
     return combo.Config(**small | values)
 
