@@ -13,9 +13,9 @@ network perturbs a sample by at most phi, and the policy takes the candidate wit
 
 Run: python algorithms/bcq.py --env halfcheetah-medium-v2 --num-seeds 4
 
-In y, Q' and xi are Polyak averages. As in the authors' code (github.com/sfujim/BCQ), whose settings
-these are, L_VAE averages the square and the KL over dimensions too. Differs from the authors' code:
-- the random numbers alone; the updates are the authors' (benchmarks/parity)
+In y, Q' and xi are Polyak averages. L_VAE averages the square and the KL over dimensions too.
+Settings and updates are the authors' (github.com/sfujim/BCQ, benchmarks/parity). Differs from the
+authors' code by its random numbers alone.
 """
 
 import sys
@@ -37,12 +37,12 @@ from common import datasets, evaluation, experiment  # noqa: E402
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 1_000_000  # gradient steps
-    log_every: int = 1_000  # gradient steps of one compiled chunk, between two lines of the log
+    log_every: int = 1_000  # gradient steps of a compiled chunk and between rows of metrics.csv
     eval_every: int = 10_000  # gradient steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation and seed
     out: str = "runs"  # where run folders go
@@ -63,8 +63,8 @@ class Config:
 
 
 class Dense(nn.Module):
-    """x W^T + b, as PyTorch has it: its initialisation, and W (out, in), which spares a CPU the
-    transposing of W's gradients."""
+    """x W^T + b with PyTorch's initialisation; W is (out, in), so that a CPU need not transpose its
+    gradient."""
 
     width: int
 
@@ -237,9 +237,10 @@ def minibatch(state, data, rows):
 
 
 def train_chunk(state, data, key, step, cfg):
-    """The `log_every` updates up to update `step`, on minibatches of `data`; metrics averaged.
+    """The `log_every` updates up to update `step`, on minibatches of `data`, a Batch of N rows.
 
-    Update t draws from fold_in(key, t): a run does not depend on how it is cut into chunks.
+    Metrics averaged. Update t draws from fold_in(key, t): a run does not depend on how it is cut
+    into chunks.
     """
 
     def one(state, t):

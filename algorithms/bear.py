@@ -52,12 +52,12 @@ TUNED = {
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "stillwater/hopper/medium-replay-v0"  # dataset name, see common/datasets.py
+    env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 1_000_000  # gradient steps
-    log_every: int = 1_000  # gradient steps of one compiled chunk, between two lines of the log
+    log_every: int = 1_000  # gradient steps of a compiled chunk and between rows of metrics.csv
     eval_every: int = 10_000  # gradient steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation and seed
     out: str = "runs"  # where run folders go
@@ -77,18 +77,18 @@ class Config:
     eps: float = 0.05  # largest MMD that costs nothing, in [0, inf)
     num_matches: int = 5  # samples of policy and of VAE in an MMD
     multiplier_lr: float = 1e-3  # Adam, the multiplier's
-    fixed_multiplier: float | None = None  # 100 in the authors' other mode; None: learned
+    fixed_multiplier: float | None = None  # instead of a learned one, in [0, inf)
     ensemble: Literal["min", "mean"] = "min"  # of the critics, in the policy's loss
     lam: float = 0.75  # weight of the smaller critic in the target, in [0, 1]
     num_samples: int = 10  # actions for the target
     eval_samples: int = 10  # actions for acting
-    warm_start: int = 20_000  # first updates, in which the policy learns from the MMD alone
+    warm_start: int = 20_000  # first updates: the policy learns from the MMD alone, in [0, inf)
     form: Literal["authors", "d4rl"] = "authors"  # of an update: the first or the later code
 
 
 class Dense(nn.Module):
-    """x W^T + b, as PyTorch has it: its initialisation, and W (out, in), which spares a CPU the
-    transposing of W's gradients."""
+    """x W^T + b with PyTorch's initialisation; W is (out, in), so that a CPU need not transpose its
+    gradient."""
 
     width: int
 
@@ -302,9 +302,10 @@ def minibatch(state, data, rows):
 
 
 def train_chunk(state, data, key, step, cfg):
-    """The `log_every` updates up to update `step`, on minibatches of `data`; metrics averaged.
+    """The `log_every` updates up to update `step`, on minibatches of `data`, a Batch of N rows.
 
-    Update t draws from fold_in(key, t): a run does not depend on how it is cut into chunks.
+    Metrics averaged. Update t draws from fold_in(key, t): a run does not depend on how it is cut
+    into chunks.
     """
 
     def one(state, t):
