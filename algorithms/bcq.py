@@ -13,9 +13,9 @@ network perturbs a sample by at most phi, and the policy takes the candidate wit
 
 Run: python algorithms/bcq.py --env halfcheetah-medium-v2 --num-seeds 4
 
-In y, Q' and xi are Polyak averages. As in the authors' code (github.com/sfujim/BCQ), whose settings
-these are, L_VAE averages the square and the KL over dimensions too. Differs from the authors' code:
-- the random numbers alone; the updates are the authors' (benchmarks/parity)
+In y, Q' and xi are Polyak averages. L_VAE averages the square and the KL over dimensions too.
+Settings and updates are the authors' (github.com/sfujim/BCQ, benchmarks/parity). Differs from the
+authors' code by its random numbers alone.
 """
 
 import sys
