@@ -240,9 +240,9 @@ def work(pipe, folder, seed, reader):
         pipe.send((kind, note, peak - before, after))
 
 
-def fuzz(numbers, seed, limit=LIMIT, reader=read):
+def fuzz(numbers, seed, limit=LIMIT, reader=read, work=work):
     """Reads the files of these numbers, {number: (kind, note, bytes it took, seconds)}, and what
-    the processes that read them to the end grew by in all, bytes."""
+    the processes that read them to the end grew by in all, bytes. work: what a process does."""
     found, grown, worker, context = {}, [], None, multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         for i in numbers:
