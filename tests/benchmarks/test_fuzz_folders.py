@@ -14,10 +14,8 @@ def test_damaged_folders_go_on_or_are_refused():
 
 
 def test_a_case_of_a_seed_is_always_the_same_and_every_file_is_damaged_in_every_way():
-    wholes = {
-        target: b'{"a": [1, {"b": 2}], "c": "d"}, 1\n' * 30 for target in fuzz_folders.TARGETS
-    }
-    json = {target: b'{"a": [1, {"b": 2}], "c": "d"}' * 1 for target in wholes}
+    wholes = dict.fromkeys(fuzz_folders.TARGETS, b'{"a": [1, {"b": 2}], "c": "d"}, 1\n' * 30)
+    json = dict.fromkeys(wholes, b'{"a": [1, {"b": 2}], "c": "d"}' * 1)
     wholes |= {target: json[target] for target in wholes if target[1].endswith(".json")}
     cases = [fuzz_folders.make_case(0, i, wholes) for i in range(500)]
     assert cases == [fuzz_folders.make_case(0, i, wholes) for i in range(500)]
