@@ -144,9 +144,9 @@ class State:
 
 
 def init(key, data, cfg):
-    """Fresh networks and optimisers for one seed; `data`, Episodes, gives sizes and statistics."""
+    """Fresh networks and optimisers for one seed; `data`, a Batch, gives sizes and statistics."""
     k_actor, k_value = jax.random.split(key)
-    obs, action = data.rows.obs[0], data.rows.action[0]
+    obs, action = data.obs[0], data.action[0]
     actor, value = Actor(cfg.widths, action.shape[-1], cfg.std), Value(cfg.widths)
 
     def learner(apply_fn, params, lr):
@@ -155,8 +155,8 @@ def init(key, data, cfg):
     return State(
         actor=learner(actor.apply, actor.init(k_actor, obs), cfg.actor_lr),
         value=learner(value.apply, value.init(k_value, obs), cfg.critic_lr),
-        obs_mean=data.rows.obs.mean(0) if cfg.normalize else jnp.zeros_like(obs),
-        obs_std=data.rows.obs.std(0) + 1e-3 if cfg.normalize else jnp.ones_like(obs),
+        obs_mean=data.obs.mean(0) if cfg.normalize else jnp.zeros_like(obs),
+        obs_std=data.obs.std(0) + 1e-3 if cfg.normalize else jnp.ones_like(obs),
     )
 
 
@@ -286,7 +286,7 @@ def train(cfg, dataset):
 
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))
     start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
-    state = run.restore(start(jax.vmap(jax.random.fold_in, (0, None))(keys, 0), data))
+    state = run.restore(start(jax.vmap(jax.random.fold_in, (0, None))(keys, 0), data.rows))
     chunk = jax.vmap(partial(train_chunk, cfg=cfg), (0, None, 0, None))
     chunk = jax.jit(chunk, donate_argnums=0)
     policies = jax.jit(jax.vmap(policy(cfg), (0, 0, 0, 0, None)))

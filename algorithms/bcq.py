@@ -13,9 +13,9 @@ network perturbs a sample by at most phi, and the policy takes the candidate wit
 
 Run: python algorithms/bcq.py --env halfcheetah-medium-v2 --num-seeds 4
 
-In y, Q' and xi are Polyak averages. As in the authors' code (github.com/sfujim/BCQ), whose settings
-these are, L_VAE averages the square and the KL over dimensions too. Differs from the authors' code:
-- the random numbers alone; the updates are the authors' (benchmarks/parity)
+In y, Q' and xi are Polyak averages. L_VAE averages the square and the KL over dimensions too.
+Settings and updates are the authors' (github.com/sfujim/BCQ, benchmarks/parity). Differs from the
+authors' code by its random numbers alone.
 """
 
 import sys
@@ -237,9 +237,10 @@ def minibatch(state, data, rows):
 
 
 def train_chunk(state, data, key, step, cfg):
-    """The `log_every` updates up to update `step`, on minibatches of `data`; metrics averaged.
+    """The `log_every` updates up to update `step`, on minibatches of `data`, a Batch of N rows.
 
-    Update t draws from fold_in(key, t): a run does not depend on how it is cut into chunks.
+    Metrics averaged. Update t draws from fold_in(key, t): a run does not depend on how it is cut
+    into chunks.
     """
 
     def one(state, t):

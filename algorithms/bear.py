@@ -77,12 +77,12 @@ class Config:
     eps: float = 0.05  # largest MMD that costs nothing, in [0, inf)
     num_matches: int = 5  # samples of policy and of VAE in an MMD
     multiplier_lr: float = 1e-3  # Adam, the multiplier's
-    fixed_multiplier: float | None = None  # 100 in the authors' other mode; None: learned
+    fixed_multiplier: float | None = None  # instead of a learned one, in [0, inf)
     ensemble: Literal["min", "mean"] = "min"  # of the critics, in the policy's loss
     lam: float = 0.75  # weight of the smaller critic in the target, in [0, 1]
     num_samples: int = 10  # actions for the target
     eval_samples: int = 10  # actions for acting
-    warm_start: int = 20_000  # first updates, in which the policy learns from the MMD alone
+    warm_start: int = 20_000  # first updates: the policy learns from the MMD alone, in [0, inf)
     form: Literal["authors", "d4rl"] = "authors"  # of an update: the first or the later code
 
 
@@ -302,9 +302,10 @@ def minibatch(state, data, rows):
 
 
 def train_chunk(state, data, key, step, cfg):
-    """The `log_every` updates up to update `step`, on minibatches of `data`; metrics averaged.
+    """The `log_every` updates up to update `step`, on minibatches of `data`, a Batch of N rows.
 
-    Update t draws from fold_in(key, t): a run does not depend on how it is cut into chunks.
+    Metrics averaged. Update t draws from fold_in(key, t): a run does not depend on how it is cut
+    into chunks.
     """
 
     def one(state, t):

@@ -27,6 +27,9 @@ is lost, and its scores and betas come from that penalty: in expectation it is o
 - the policy's rate falls with each update (with each 1,000th)
 - log std has CQL's learned affine map and a floor of -20 (none, -5)
 - tanh's log-density and the std of the model's inputs differ by less than 1e-6
+- a column that hardly varies in the data is no input of the model and stays as it is (divided by
+  its std, or by 1)
+- rollouts stop at states farther out than the data's range is wide (where a value exceeds 100)
 - `--max-backup` takes the smaller critic, then the best action (the other way round)
 - an epoch of the model drops its last, partial minibatch (keeps it)
 - PyTorch's initialisation of the model (normal weights, no bias)
@@ -203,7 +206,7 @@ class Gaussian(nn.Module):
 class Dynamics:
     params: dict  # of Gaussian, members stacked on axis 0
     mean: jax.Array  # (D + A,) of the inputs
-    std: jax.Array  # (D + A,)
+    std: jax.Array  # (D + A,), inf for columns that carry nothing
 
 
 @struct.dataclass
@@ -237,11 +240,13 @@ def init_fit(key, data, cfg):
     size = min(len(rows) // 5, 1000)
     holdout, train = rows[:size], rows[size:]
     inputs, targets = model_pairs(data, train)
+    mean, std = inputs.mean(0), inputs.std(0)
+    still = std < jnp.maximum(1e-3, 1e-5 * abs(mean))  # less than the model's noise or rounding
     net = Gaussian(cfg.model_widths, targets.shape[-1])
     params = jax.vmap(net.init, (0, None))(jax.random.split(k_params, cfg.num_members), inputs[0])
     return Fit(
         model=TrainState.create(apply_fn=net.apply, params=params, tx=optax.adam(cfg.model_lr)),
-        dynamics=Dynamics(params, inputs.mean(0), inputs.std(0) + 1e-6),
+        dynamics=Dynamics(params, mean, jnp.where(still, jnp.inf, std + 1e-6)),
         error=jnp.full(cfg.num_members, jnp.inf),
         stale=jnp.zeros((), int),
         bootstrap=jax.random.choice(k_bootstrap, train, (cfg.num_members, len(train))),
@@ -327,7 +332,8 @@ def model_step(dynamics, obs, action, key, cfg):
     mean, logvar = jax.vmap(net.apply)(dynamics.params, x)
     step = mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
     step = step.reshape(len(obs), -1)
-    return obs + step[:, :-1], step[:, -1]
+    still = jnp.isinf(dynamics.std[: obs.shape[-1]])
+    return obs + jnp.where(still, 0, step[:, :-1]), step[:, -1]
 
 
 # --- Replay buffer of model data ---
@@ -398,9 +404,13 @@ def never(obs, action, next_obs):
 def rollout(state, data, key, cfg, terminal):
     """The policy in the model: a Batch of horizon * R rows, and a mask of those before an end.
 
-    terminal(obs, action, next_obs) -> bool (R,): the environment's terminal states.
+    terminal(obs, action, next_obs) -> bool (R,): the environment's terminal states. A step of the
+    model to a state that no data come near is left out, and its rollout stops.
     """
     k_start, k_steps = jax.random.split(key)
+    low = jnp.minimum(data.obs, data.next_obs).min(0)
+    high = jnp.maximum(data.obs, data.next_obs).max(0)
+    least, most = data.reward.min(), data.reward.max()
     start = jax.random.randint(k_start, (cfg.rollout_batch,), 0, len(data.reward))
 
     def step(carry, key):
@@ -410,6 +420,8 @@ def rollout(state, data, key, cfg, terminal):
         pi = state.actor.apply_fn(state.actor.params, normalise(state, obs))
         action = pi.sample(seed=k_action)
         next_obs, reward = model_step(state.dynamics, obs, action, k_model, cfg)
+        reward = reward.clip(2 * least - most, 2 * most - least)
+        alive &= ((next_obs >= 2 * low - high) & (next_obs <= 2 * high - low)).all(-1)
         done = terminal(obs, action, next_obs)
         row = datasets.Batch(obs, action, reward, next_obs, done.astype(jnp.float32))
         return (next_obs, alive & ~done), (row, alive)

@@ -274,7 +274,7 @@ def policy(cfg):
     return evaluation.stateless(act)
 
 
-def check(cfg):
+def check(cfg, dataset):
     """SystemExit unless every chunk is a number of whole rounds."""
     if cfg.log_every % cfg.policy_delay:
         raise SystemExit(
@@ -296,7 +296,7 @@ def transitions(dataset):
 def train(cfg, dataset):
     """Trains `cfg.num_seeds` policies on a Dataset; their State, seeds on axis 0."""
     cfg = experiment.resolve(cfg, TUNED, dataset)
-    check(cfg)
+    check(cfg, dataset)
     run = experiment.Run(cfg, dataset)
     data = transitions(dataset)
     data = data._replace(reward=cfg.reward_scale * data.reward)
@@ -322,7 +322,7 @@ def train(cfg, dataset):
 
 
 def main(cfg: Config):
-    cfg = experiment.resolve(cfg)  # --resume: the run's own config
+    cfg = experiment.resolve(cfg, TUNED)  # --resume: the run's own config
     train(cfg, datasets.load(cfg.env, cfg.env_id))
 
 

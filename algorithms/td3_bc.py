@@ -245,7 +245,7 @@ def policy(cfg):
     return evaluation.stateless(act)
 
 
-def check(cfg):
+def check(cfg, dataset):
     """SystemExit unless every chunk is a number of whole rounds."""
     if cfg.log_every % cfg.policy_delay:
         raise SystemExit(
@@ -256,7 +256,7 @@ def check(cfg):
 def train(cfg, dataset):
     """Trains `cfg.num_seeds` policies on a Dataset; their State, seeds on axis 0."""
     cfg = experiment.resolve(cfg, TUNED, dataset)
-    check(cfg)
+    check(cfg, dataset)
     run = experiment.Run(cfg, dataset)
     data = dataset.transitions()
     data = data._replace(reward=data.reward + cfg.shift_reward)
@@ -282,7 +282,7 @@ def train(cfg, dataset):
 
 
 def main(cfg: Config):
-    cfg = experiment.resolve(cfg)  # --resume: the run's own config
+    cfg = experiment.resolve(cfg, TUNED)  # --resume: the run's own config
     train(cfg, datasets.load(cfg.env, cfg.env_id))
 
 

@@ -38,6 +38,7 @@ import numpy as np
 import tyro
 
 from common import datasets
+from common.datasets import checked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -196,7 +197,7 @@ def make_file(seed, i, wholes):
 def read(path, layout):
     """(kind, note) of one file, and refuses no more than a user would see."""
     try:
-        arrays, _ = datasets.read(datasets.Source(path, layout), "")
+        arrays, _ = datasets.read(checked.CheckedFile(path), datasets.Source(path, layout))
     except datasets.DatasetError as error:
         ok = str(path.parent) in str(error) and "\n\n" not in str(error)
         return ("refused", "") if ok else ("exception", f"unclear: {error}")
@@ -240,9 +241,9 @@ def work(pipe, folder, seed, reader):
         pipe.send((kind, note, peak - before, after))
 
 
-def fuzz(numbers, seed, limit=LIMIT, reader=read):
+def fuzz(numbers, seed, limit=LIMIT, reader=read, work=work):
     """Reads the files of these numbers, {number: (kind, note, bytes it took, seconds)}, and what
-    the processes that read them to the end grew by in all, bytes."""
+    the processes that read them to the end grew by in all, bytes. work: what a process does."""
     found, grown, worker, context = {}, [], None, multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         for i in numbers:

@@ -1,11 +1,14 @@
 """Kills runs at random moments, resumes them, and compares with a run that was left alone.
 
-    python -m benchmarks.faults.resume    # 24 times IQL, 8 times COMBO; half an hour on one core
+    python -m benchmarks.faults.resume                       # every algorithm, 10 kills each
+    python -m benchmarks.faults.resume --algorithms iql --kills 24
 
-Each trial starts the real command, kills it (SIGKILL) while it trains, evaluates or writes its
-checkpoint, and resumes it with --resume, killing again, until the trial's kills are spent; then it
-may finish. Equal bits: metrics.csv but for the timing columns, returns.json, and the weights, the
-optimisers and all else in checkpoint/state.msgpack. To benchmarks/results/resume.json.
+Each trial starts the real command and kills it (SIGKILL) while it compiles, trains, evaluates,
+stands between the metrics and the checkpoint, or writes the checkpoint. It is resumed with
+--resume and killed again, once for each of these phases, in random order; a kill while compiling
+follows each of the others at once, so that nothing was saved in between. Then it may finish. Equal
+bits: metrics.csv but for the timing columns, returns.json, and the weights, the optimisers and all
+else in checkpoint/state.msgpack. To benchmarks/results/resume.json; `table` is its Markdown.
 """
 
 import json
@@ -28,49 +31,76 @@ from common.experiment import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PHASES = ("starting", "training", "evaluating", "writing the checkpoint")
-RUNS = {  # long enough to be hit anywhere, short enough to be run thirty times
-    "iql": "--num-seeds 2 --num-updates 4000 --eval-every 200 --eval-episodes 5".split(),
-    "combo": (
-        "--num-updates 600 --eval-every 50 --eval-episodes 5 --save-every 100 --max-epochs 3 "
-        "--rollout-every 100 --rollout-batch 10000 --widths 64 64 --model-widths 64 64"
-    ).split()
-    + "--model-decay 1e-5 1e-5 1e-5".split(),
+PHASES = {
+    0: "starting",
+    1: "compiling",
+    2: "training",
+    3: "evaluating",
+    4: "between metrics and checkpoint",
+    5: "writing the checkpoint",
+}
+COMPILING, TRAINING, EVALUATING, BETWEEN, WRITING = 1, 2, 3, 4, 5
+PAUSE = 0.02  # seconds that a run stands between metrics and checkpoint, for the kills to hit
+
+# Long enough to be hit anywhere, short enough to be run a dozen times
+COMMON = "--num-seeds 2 --num-updates 600 --log-every 20 --eval-every 60 --eval-episodes 2"
+COMMON += " --batch-size 32"
+NETWORK = "--widths 32 32"
+FLAGS = {
+    "awr": f"{NETWORK} --actor-steps 15 --critic-steps 5",
+    "bcq": f"{NETWORK} --vae-widths 32 32",
+    "bear": f"{NETWORK} --vae-widths 32 32 --warm-start 200",
+    "combo": f"{NETWORK} --save-every 120 --max-epochs 3 --rollout-every 60 --rollout-batch 2000 "
+    "--model-widths 32 32 --model-decay 1e-5 1e-5 1e-5",
+    "cql": f"{NETWORK} --num-actions 2",
+    "diffuser": "--width 16 --multiples 1 2 --horizon 4 --samples 2 --ddim-steps 2 --plan-every 4",
+    "dt": "--width 16 --layers 1 --context 5 --warmup 100",
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    kills: tuple[str, ...] = ("iql", "24", "combo", "8")  # algorithm, how often, ...
-    each: int = 4  # kills in one trial
+    algorithms: tuple[str, ...] = tuple(sorted(x.stem for x in (ROOT / "algorithms").glob("*.py")))
+    kills: int = 10  # of each algorithm
     seed: int = 0  # of the moments
     results: str = str(ROOT / "benchmarks/results/resume.json")
+
+
+def flags(algorithm):
+    """The flags of a run of an algorithm."""
+    return f"{COMMON} {FLAGS.get(algorithm, NETWORK)}".split()
 
 
 def child(mark, script, *flags):
     """Runs a script as its command line would, and notes in the file `mark` what it is doing."""
     with open(mark, "r+b", buffering=0) as file:
 
-        def doing(phase, then, call):
+        def note(phase):
+            file.seek(0)
+            file.write(bytes([phase]))
+
+        def doing(phase, then, call, pause=0.0):
             def noted(*args, **kwargs):
-                file.seek(0)
-                file.write(bytes([phase]))
+                note(phase)
                 value = call(*args, **kwargs)
-                file.seek(0)
-                file.write(bytes([then]))
+                note(then)
+                time.sleep(pause)
                 return value
 
             return noted
 
-        score = doing(2, 1, evaluation.evaluate)
+        score = doing(EVALUATING, TRAINING, evaluation.evaluate)
 
         def evaluate(policy, *args):
             jax.block_until_ready(policy.args)  # the state: it is still being trained until then
             return score(policy, *args)
 
+        run = experiment.Run
         evaluation.evaluate = evaluate
-        checkpoint.save = doing(3, 1, checkpoint.save)
-        experiment.Run.restore = doing(0, 1, experiment.Run.restore)
+        checkpoint.save = doing(WRITING, WRITING, checkpoint.save)
+        run.restore = doing(0, COMPILING, run.restore)
+        run.record = doing(BETWEEN, BETWEEN, run.record, PAUSE)
+        run.save = doing(BETWEEN, TRAINING, run.save)
         sys.argv = [script, *flags]
         runpy.run_path(script, run_name="__main__")
 
@@ -125,17 +155,17 @@ def finish(process):
         raise SystemExit(f"exit code {process.returncode}: {errors}")
 
 
-def trial(algorithm, kills, folder, seconds):
-    """A run killed `kills` times and then finished: [(phase hit, step of its checkpoint)], out."""
+def trial(algorithm, plan, folder, seconds):
+    """A run killed in the phases of `plan`, then finished: [(phase hit, last step saved)], out."""
     out, mark, hits = folder / "out", folder / "mark", []
-    while len(hits) < kills:
+    for phase in plan:
         found = [path.parent for path in out.glob("*/*/*/config.json")]
-        flags = ["--resume", str(found[0])] if found else [*RUNS[algorithm], "--out", str(out)]
-        phase = random.choice([1, 2, 3])
-        hit = kill(
-            start(algorithm, mark, *flags), mark, phase, random.randint(1, 3), seconds[phase]
-        )
+        words = ["--resume", str(found[0])] if found else [*flags(algorithm), "--out", str(out)]
+        visit = 1 if phase == COMPILING else random.randint(1, 3)
+        process = start(algorithm, mark, *words)
+        hit = kill(process, mark, phase, visit, seconds.get(phase, 0.1))
         if not hit:
+            finish(process)  # or it failed
             break  # finished before its turn came
         (run,) = out.glob("*/*/*")
         hits.append((hit, experiment.last_step(run)))
@@ -145,32 +175,57 @@ def trial(algorithm, kills, folder, seconds):
     return hits, out
 
 
+def plan(kills):
+    """Phases to kill in: all but compiling in random order, every other kill while compiling."""
+    others = [TRAINING, EVALUATING, BETWEEN, WRITING]
+    random.shuffle(others)
+    return [x for phase in others for x in (phase, COMPILING)][:kills]
+
+
+def shake(algorithm, kills, folder):
+    """The row of results of one algorithm, from trials in a folder."""
+    process = start(algorithm, folder / "mark", *flags(algorithm), "--out", str(folder / "whole"))
+    seconds = durations(process, folder / "mark")
+    finish(process)
+    whole, phases, trials, same, twice = outcome(folder / "whole"), Counter(), 0, 0, 0
+    while phases.total() < kills:
+        place = folder / f"trial{trials}"
+        place.mkdir()
+        hits, out = trial(algorithm, plan(kills - phases.total()), place, seconds)
+        equal = outcome(out) == whole
+        print(f"{algorithm}: {len(hits)} kills, equal bits: {equal}", flush=True)
+        phases.update(hit for hit, _ in hits)
+        steps = [step for _, step in hits]
+        twice += sum(a == b for a, b in zip(steps, steps[1:], strict=False))
+        trials, same = trials + 1, same + equal
+        if not hits:
+            break
+    row = {"algorithm": algorithm, "command": flags(algorithm), "kills": phases.total()}
+    row |= {"phases": phases, "twice_in_a_row": twice}
+    return row | {"runs": trials, "runs_with_equal_bits": same}
+
+
+def table(rows):
+    """The results as Markdown."""
+    names = list(PHASES.values())
+    lines = [f"| algorithm | {' | '.join(names)} | twice in a row | runs with equal bits |"]
+    lines.append("|---" * (len(names) + 3) + "|")
+    for row in rows:
+        hits = " | ".join(str(row["phases"].get(name, 0)) for name in names)
+        same = f"{row['runs_with_equal_bits']} of {row['runs']}"
+        lines.append(f"| {row['algorithm']} | {hits} | {row['twice_in_a_row']} | {same} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(cfg: Config):
     random.seed(cfg.seed)
     rows = []
-    for algorithm, kills in zip(cfg.kills[::2], map(int, cfg.kills[1::2]), strict=True):
+    for algorithm in cfg.algorithms:
         with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            process = start(
-                algorithm, folder / "mark", *RUNS[algorithm], "--out", str(folder / "whole")
-            )
-            seconds = durations(process, folder / "mark")
-            finish(process)
-            whole, phases, trials, same = outcome(folder / "whole"), Counter(), 0, 0
-            while phases.total() < kills:
-                place = folder / f"trial{trials}"
-                place.mkdir()
-                left = kills - phases.total()
-                hits, out = trial(algorithm, min(cfg.each, left), place, seconds)
-                equal = outcome(out) == whole
-                print(f"{algorithm}: {len(hits)} kills, equal bits: {equal}", flush=True)
-                phases.update(hit for hit, _ in hits)
-                trials, same = trials + 1, same + equal
-            row = {"algorithm": algorithm, "command": RUNS[algorithm], "kills": phases.total()}
-            row |= {"phases": phases, "runs": trials, "runs_with_equal_bits": same}
-            rows.append(row)
-    facts = {"seed": cfg.seed, **experiment.machine()}
-    Path(cfg.results).write_text(json.dumps({"rows": rows, **facts}, indent=1) + "\n", "utf-8")
+            rows.append(shake(algorithm, cfg.kills, Path(folder)))
+        facts = {"seed": cfg.seed, **experiment.machine()}
+        Path(cfg.results).write_text(json.dumps({"rows": rows, **facts}, indent=1) + "\n", "utf-8")
+    print(table(rows))
     if any(row["runs"] != row["runs_with_equal_bits"] for row in rows):
         raise SystemExit("resumed runs differ")
 

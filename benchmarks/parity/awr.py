@@ -74,7 +74,7 @@ def ours_at_start(data):
 
     cfg = awr.Config(**SETTINGS)
     data = awr.Episodes(Batch(**data["rows"]), data["last"])
-    return cfg, awr.init(jax.random.key(0), data, cfg), data
+    return cfg, awr.init(jax.random.key(0), data.rows, cfg), data
 
 
 def ours(inputs):

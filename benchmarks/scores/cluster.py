@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 CORES = 2  # CPU cores for a run
+OWN = ("jobs", "dry_run", "slurm", "ray", "pack")  # flags of the whole grid, not of one cell
 SLURM = """#!/bin/bash
 # One task a cell: sbatch {file}. More options before the name: --time=12:00:00 --gpus=1
 # Submitted again it skips what is done and resumes what the time limit has cut short; ten minutes
@@ -27,7 +28,7 @@ def words(cfg):
     found = [sys.executable, "-m", "benchmarks.scores"]
     for field in dataclasses.fields(cfg):
         value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
-        if value != field.default and field.name not in ("jobs", "dry_run", "slurm", "ray"):
+        if value != field.default and field.name not in OWN:
             found += [flag, *value] if isinstance(value, tuple) else [f"{flag}={value}"]
     return [*found, "--cell"]
 

@@ -1,6 +1,7 @@
 """Offline datasets as flat arrays: D4RL names, Minari ids, HDF5 files.
 
     dataset = datasets.load("halfcheetah-medium-v2")  # or "mujoco/hopper/medium-v0", or "my.hdf5"
+    dataset = datasets.from_arrays(obs, action, reward, done, timeout)  # or arrays in memory
     data = dataset.transitions()  # a Batch; for sequence models: dataset.steps() and windows
 
 This command shows what is in a dataset:
@@ -13,7 +14,7 @@ Loaded arrays are kept in $XDG_CACHE_HOME/stillwater or ~/.cache/stillwater, saf
 from common.datasets.checked import DatasetError
 from common.datasets.d4rl import REFERENCE, Source
 from common.datasets.dataset import Batch, Dataset, Steps, windows
-from common.datasets.loading import load, read
+from common.datasets.loading import from_arrays, load, read
 
 __all__ = [
     "REFERENCE",
@@ -22,6 +23,7 @@ __all__ = [
     "DatasetError",
     "Source",
     "Steps",
+    "from_arrays",
     "load",
     "read",
     "windows",

@@ -31,6 +31,7 @@ class CheckedFile:
 
     def __init__(self, path: Path):
         self.path, self.left = path, min(MEMORY, runtime.free_memory() // COPIES)
+        self.notes, self.ordered = [], True
         try:
             with open(path, "rb") as file:
                 head = file.read(8)
@@ -78,8 +79,8 @@ class CheckedFile:
             raise self.refusal(field, f"cannot be read: {error}") from None
         return here
 
-    def array(self, field, ndim):
-        """Finite float32 numbers at `field`, with `ndim` axes; only the first may have length 0."""
+    def stored(self, field, ndim):
+        """Numbers at `field`, of their own dtype, `ndim` axes; only the first may have length 0."""
         item = self.item(field)
         if not isinstance(item, h5py.Dataset):
             raise self.refusal(field, "missing" if item is None else "a group, not an array")
@@ -99,13 +100,17 @@ class CheckedFile:
                     f"this machine has memory for {self.left:,}",
                 )
             self.left -= need
-            raw = hdf5.array(self.path, item)
-            with np.errstate(over="ignore"):  # a number too large for float32 becomes inf
-                values = raw.astype(np.float32, copy=False)
+            return hdf5.array(self.path, item)
         except hdf5.NotStored as error:
             raise self.refusal(field, str(error)) from None
         except Exception as error:
             raise self.refusal(field, f"cannot be read: {error}") from None
+
+    def array(self, field, ndim):
+        """The numbers at `field` as float32, all finite."""
+        raw = self.stored(field, ndim)
+        with np.errstate(over="ignore"):  # a number too large for float32 becomes inf
+            values = raw.astype(np.float32, copy=False)
         finite = np.isfinite(values)
         if not finite.all():
             row, *column = np.argwhere(~finite)[0]
@@ -150,6 +155,8 @@ class CheckedFile:
             raise self.refusal(
                 field, f"{values.shape[1]} columns, not {env.env_id}'s {len(env.low)}"
             )
+        if env.clip:
+            return values.clip(env.low, env.high)
         slack = 1e-5 * (env.high - env.low)
         wrong = np.argwhere((values < env.low - slack) | (values > env.high + slack))
         if wrong.size:
@@ -161,6 +168,11 @@ class CheckedFile:
                 f"bounds {low:g} and {high:g}" + (f" of {env.env_id}" if env.env_id else ""),
             )
         return values
+
+    def warn(self, notes, ordered=True):
+        """Keeps notes for the user, and whether the rows are in the order of their recording."""
+        self.notes += notes
+        self.ordered &= ordered
 
     def same_length(self, sizes):
         """Refuses fields of unequal length. sizes: {field: rows}."""

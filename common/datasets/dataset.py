@@ -1,5 +1,6 @@
 """A dataset in memory: transitions, steps of episodes, windows, returns and scores."""
 
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,10 +70,21 @@ class Dataset:
         """All rows.
 
         scale_reward: multiply rewards by 1000 / (best - worst episode return), as the authors of
-        IQL do, unless all episodes have the same return.
+        IQL do. They stay as they are, which a line on stderr says, if returns differ by less than
+        1 % or the rows are not in order.
         """
-        spread = float(np.ptp(self.returns())) if scale_reward else 0.0
-        reward = self.reward * np.float32(1000 / spread) if spread > 0 else self.reward
+        reward = self.reward
+        if scale_reward:
+            returns, why = self.returns(), ""
+            spread = float(np.ptp(returns))
+            if not self.provenance.get("ordered", True):
+                why = "rows are not in order, so that no episode's return is known"
+            elif spread <= 0.01 * np.abs(returns).max():
+                why = f"returns only go from {returns.min():g} to {returns.max():g}"
+            else:
+                reward = reward * np.float32(1000 / spread)
+            if why:
+                print(f"{self.name}: rewards are not scaled: {why}", file=sys.stderr)
         return Batch(self.obs, self.action, reward, self.next_obs, self.done)
 
     def steps(self, gamma=1.0, at_end=0.0) -> Steps:

@@ -1,15 +1,13 @@
 """From a dataset's name to a Dataset: find the file, read it, cut it into episodes, cache it."""
 
-import contextlib
-import json
 import sys
 
 import numpy as np
 
 from common import evaluation
-from common.datasets import cache, checked, readers, sources
+from common.datasets import cache, checked, memory, readers, recorded, sources
 from common.datasets.checked import DatasetError
-from common.datasets.d4rl import REFERENCE
+from common.datasets.d4rl import REFERENCE, Source
 from common.datasets.dataset import Dataset
 from common.experiment import printable, runtime
 
@@ -17,42 +15,78 @@ from common.experiment import printable, runtime
 def load(name: str, env_id: str = "") -> Dataset:
     """The Dataset `name`: a D4RL name, a Minari id, or a path to an HDF5 file in D4RL's layout.
 
-    env_id: Gymnasium id to score a file on; other datasets have their own. Notes about the data go
+    env_id: Gymnasium id to score a file on, with options or without, as in
+    'Hopper-v5 {"max_episode_steps": 200}'; other datasets have their own. Notes about the data go
     to stderr. Raises DatasetError if the dataset cannot be found or read.
     """
     source, origin = sources.find(name, env_id)
-    place = cache.place(source)
+    metadata = {}
+    if source.layout == "Minari":
+        metadata = readers.read_metadata(source.path.with_name("metadata.json"))
+    env, notes = recorded.environment(source, metadata)
+    place = cache.place(source, env)
     kept = cache.read(place)
     if kept is None:
         try:
-            kept = read(source, origin)
+            kept = read(checked.CheckedFile(source.path), source, env)
         except MemoryError:
             free = f"this machine has {runtime.free_memory():,} bytes of memory left"
             raise DatasetError(f"{source.path}: does not fit: {free}") from None
         cache.write(place, *kept)
-    arrays, about = kept
-    for note in about["provenance"]["notes"]:
-        print(printable(f"{name}: {note}"), file=sys.stderr)
-    return Dataset(name=name, **arrays, **about)
+    return _dataset(name, *kept, source, origin, metadata, env, notes)
 
 
-def read(source, origin):
-    """Reads and checks a file: ({name: array} of cache.ARRAYS, the other fields of a Dataset).
+def from_arrays(
+    obs, action, reward, done, timeout=None, next_obs=None, env_id="", name="arrays"
+) -> Dataset:
+    """A Dataset of arrays in memory, checked by the code that checks files.
 
-    source: Source of a file on this machine. origin: where it came from, for provenance. Raises
-    DatasetError.
+    Rows stand in the order of their recording, one episode after another.
+
+    obs: (N, D). action: (N, A) within the bounds of `env_id`, without one in [-1, 1]. reward: (N,).
+    done: (N,), 1 at true terminals. timeout: (N,), 1 at time limits. next_obs: (N, D). Without
+    timeout and next_obs, episodes are cut at the time limit of `env_id`, the Gymnasium id to score
+    on. name: goes into run folders. Raises DatasetError.
     """
-    path, notes, metadata = source.path, [], {}
-    file = checked.CheckedFile(path)
+    fields = dict(
+        obs=obs, action=action, reward=reward, done=done, timeout=timeout, next_obs=next_obs
+    )
+    source = Source(name, "arrays", env_id)
+    env, notes = recorded.environment(source, {})
+    arrays, facts = read(memory.Arrays(name, fields), source, env)
+    return _dataset(name, arrays, facts, source, "memory", {}, env, notes)
+
+
+def _dataset(name, arrays, facts, source, origin, metadata, env, notes):
+    """The Dataset of checked arrays; prints its notes."""
+    for note in (notes := [*notes, *facts["notes"]]):
+        print(printable(f"{name}: {note}"), file=sys.stderr)
+    kept = ("algorithm_name", "author", "description", "minari_version", "stillwater")
+    provenance = facts | {
+        "source": origin,
+        "notes": notes,
+        "metadata": {key: metadata[key] for key in kept if key in metadata},
+        "action_low": np.asarray(env.low, float).tolist(),
+        "action_high": np.asarray(env.high, float).tolist(),
+    }
+    ref = reference(source, metadata, env.env_id)
+    return Dataset(name, env.env_id, *arrays.values(), *ref, provenance)
+
+
+def read(file, source, env=None):
+    """Reads and checks a file: ({name: array} of cache.ARRAYS, facts for provenance).
+
+    file: a CheckedFile, or Arrays. source: its Source. env: the evaluation.Env that it must agree
+    with. Raises DatasetError.
+    """
+    env, notes = env or evaluation.Env(limit=source.limit), []
     sha256 = file.sha256()
     verified = sha256 == source.sha256 if source.sha256 else None
     if verified is False:
-        notes.append(f"warning: {path} is not D4RL's file: SHA-256 {sha256}, not {source.sha256}")
+        known = f"SHA-256 {sha256}, not {source.sha256}"
+        notes.append(f"warning: {source.path} is not D4RL's file: {known}")
     elif verified is None and source.layout == "D4RL":
-        notes.append(f"not verified, no known hash: {path} has SHA-256 {sha256}")
-    if source.layout == "Minari":
-        metadata = readers.read_metadata(path.with_name("metadata.json"))
-    env_id, env = choose_env(source, metadata, notes)
+        notes.append(f"not verified, no known hash: {source.path} has SHA-256 {sha256}")
     rows = (readers.read_minari if source.layout == "Minari" else readers.read_d4rl)(file, env)
     file.close()
     arrays, dropped = flatten(rows, env)
@@ -62,37 +96,13 @@ def read(source, origin):
     if dropped or stand_in:
         notes.append(f"no next_observations: {dropped:,} last rows of episodes are left out, "
                      f"{stand_in:,} terminal rows have obs in place of next_obs")  # fmt: skip
-    ref = reference(source, metadata, env_id)
-    kept = ("algorithm_name", "author", "description", "minari_version", "stillwater")
-    about = {"env_id": env_id, "ref_min": ref[0], "ref_max": ref[1]}
-    about["provenance"] = {
-        "file": str(path), "layout": source.layout, "source": origin, "sha256": sha256,
-        "verified": verified, "notes": notes, "timeouts": int((rows.end & ~rows.terminal).sum()),
-        "metadata": {key: metadata[key] for key in kept if key in metadata},
+    if source.layout != "D4RL":  # published files are what they are
+        notes += file.notes
+    return arrays, {
+        "file": str(source.path), "layout": source.layout, "ordered": file.ordered,
+        "sha256": sha256, "verified": verified, "notes": notes,
+        "timeouts": int((rows.end & ~rows.terminal).sum()),
     }  # fmt: skip
-    return arrays, about
-
-
-def choose_env(source, metadata, notes):
-    """(Gymnasium id to score on or "", evaluation.Env): `source.env_id`, else the metadata's.
-
-    The id is the only thing taken from Minari's environment spec, and only if Gymnasium has
-    registered it; no code of the spec is run. Appends to `notes`. Raises DatasetError.
-    """
-    own = ""
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        spec = metadata["env_spec"]
-        own = str((json.loads(spec) if isinstance(spec, str) else spec)["id"])[:100]
-    if source.env_id and own not in ("", source.env_id):
-        raise DatasetError(f"--env-id {source.env_id}: {source.path} holds data of {own}.")
-    try:
-        env = evaluation.inspect(source.env_id or own) if source.env_id or own else evaluation.Env()
-    except evaluation.EvaluationError as error:
-        if source.env_id:
-            raise DatasetError(str(error)) from None
-        notes.append(f"cannot be scored: {error}")
-        env = evaluation.Env()
-    return env.env_id, env._replace(limit=env.limit or source.limit)
 
 
 def reference(source, metadata, env_id):
@@ -100,7 +110,8 @@ def reference(source, metadata, env_id):
     told = source.ref or tuple(metadata.get(f"ref_{k}_score") for k in ("min", "max"))
     if all(type(r) in (int, float) for r in told) and -1e300 < told[0] < told[1] < 1e300:
         return float(told[0]), float(told[1])
-    return REFERENCE.get(env_id.rsplit("-", 1)[0], (None, None))
+    known = REFERENCE.get(env_id.rpartition("-")[0], (None, None))
+    return (None, None) if " " in env_id else known  # they hold without options alone
 
 
 def flatten(rows: readers.Rows, env):

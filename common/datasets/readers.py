@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common.datasets import doubts
 from common.datasets.checked import CheckedFile, DatasetError
 from common.evaluation import Env
 
@@ -25,9 +26,10 @@ def read_d4rl(file: CheckedFile, env: Env) -> Rows:
     """Rows of D4RL's layout: flat arrays of observations, actions, rewards and terminals.
 
     timeouts and next_observations are optional. An episode ends at a terminal, at a timeout, and
-    where next_observations differ from the next row's observations; if both are missing, episodes
-    are cut at the environment's time limit. Without next_observations a row's next_obs is the next
-    row's obs, and unknown at the end of an episode. Raises DatasetError.
+    where next_observations differ from the next row's observations. Without next_observations and
+    without any timeout, episodes are cut at the environment's time limit; without
+    next_observations a row's next_obs is the next row's obs, and unknown at the end of an episode.
+    Raises DatasetError.
     """
     obs, action = file.obs("observations", env), file.actions("actions", env)
     reward, terminal = file.array("rewards", 1), file.flags("terminals")
@@ -49,16 +51,26 @@ def read_d4rl(file: CheckedFile, env: Env) -> Rows:
     if timeout is not None:
         end |= timeout
     if next_obs is not None:
-        end[:-1] |= ~np.isclose(next_obs[:-1], obs[1:], 1e-4, 1e-5).all(1)
+        jumps = ~np.isclose(next_obs[:-1], obs[1:], 1e-4, 1e-5).all(1)
+        unmarked = int((jumps & ~end[:-1]).sum())
+        end[:-1] |= jumps
+        file.warn(*doubts.of_jumps(unmarked, len(obs), timeout is not None))
+        file.warn(doubts.of_lengths(end, env))
         return Rows(obs, action, reward, next_obs, terminal, end, np.ones(len(obs), bool))
-    if timeout is None:
-        if not env.limit:
-            raise file.refusal(
-                "timeouts", "missing, and next_observations too: --env-id gives the time limit"
-            )
+    file.warn(*doubts.of_order(obs, end))
+    if timeout is None and not env.limit:
+        raise file.refusal(
+            "timeouts", "missing, and next_observations too: --env-id gives the time limit"
+        )
+    if env.limit and (timeout is None or (not timeout.any() and file.ordered)):
         first = np.flatnonzero(np.r_[True, end[:-1]])
         age = np.arange(len(obs)) - np.repeat(first, np.diff(np.r_[first, len(obs)]))
-        end |= age % env.limit == env.limit - 1
+        cut = (age % env.limit == env.limit - 1) & ~end
+        end |= cut
+        if timeout is not None and cut.any():
+            why = f"episodes are cut at the limit of {env.env_id}, {env.limit:,} steps"
+            file.warn([f"warning: timeouts are never set; {why}, {cut.sum():,} times"])
+    file.warn(doubts.of_lengths(end, env))
     next_obs = np.where(end[:, None], obs, np.roll(obs, -1, 0))
     return Rows(obs, action, reward, next_obs, terminal, end, ~end)
 

@@ -18,7 +18,7 @@ from common.evaluation.environments import (
     goal_cell,
     inspect,
     make,
-    mazes_installed,
+    named,
 )
 from common.evaluation.policy import Policy, choose_seed, load, load_policy, recorded, stateless
 from common.evaluation.rollout import evaluate
@@ -35,7 +35,7 @@ __all__ = [
     "load",
     "load_policy",
     "make",
-    "mazes_installed",
+    "named",
     "recorded",
     "stateless",
     "termination",

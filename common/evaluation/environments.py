@@ -8,8 +8,8 @@ exp(-distance)), until the time limit. The start is drawn for each episode.
 
 import contextlib
 import difflib
-import importlib.util
 import io
+import json
 import os
 import warnings
 from typing import NamedTuple
@@ -18,7 +18,9 @@ import gymnasium
 import numpy as np
 
 from common import experiment
+from common.evaluation.options import join, spec, split
 
+GOAL_NAMES = ("achieved_goal", "observation", "desired_goal")  # in the order of a flat vector
 GOALS = {"UMaze": (1, 1), "Medium": (6, 6), "Large": (7, 9)}  # (row, column)
 
 
@@ -29,37 +31,27 @@ class EvaluationError(experiment.UserError):
 class Env(NamedTuple):
     """What a dataset must agree with; the defaults describe an unknown environment."""
 
-    env_id: str = ""
+    env_id: str = ""  # with its options, see options.py
     obs_dim: int = 0
     low: np.ndarray = np.float32([-1])  # (A,) or (1,), lower bounds of the actions
     high: np.ndarray = np.float32([1])  # upper bounds
     limit: int = 0  # time limit of an episode in steps; 0: unknown
+    clip: bool = False  # data may hold actions beyond the bounds, which the environment clips
 
 
 def make(env_id, **kwargs):
     """A Gymnasium environment that takes actions in [-1, 1], whatever its own bounds are.
 
-    kwargs: of gymnasium.make. Raises EvaluationError for an id that Gymnasium cannot make, for
-    observations or actions that are not vectors, and for an environment without a time limit.
+    env_id: an id, with options or without, see options.py. kwargs: of gymnasium.make. Raises
+    EvaluationError for an id that Gymnasium cannot make, for observations or actions that are not
+    vectors, and for an environment without a time limit.
     """
-    import mujoco  # here, because --video must choose the renderer first
-
-    if not env_id or ":" in env_id:  # "module:id" would import the module
-        raise EvaluationError(f"--env-id {env_id!r} is not the id of a Gymnasium environment.")
-    mujoco.set_mju_user_warning(lambda message: None)  # it would write MUJOCO_LOG.TXT
-    try:
-        with warnings.catch_warnings():  # D4RL's scores are on v4
-            warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
-            env = make_raw(env_id, **kwargs)
-    except (gymnasium.error.Error, ImportError) as error:
-        raise EvaluationError(f"Gymnasium cannot make {env_id}: {error}") from error
-    obs, action, limit = env.observation_space, env.action_space, env.spec.max_episode_steps
-    vectors = all(isinstance(x, gymnasium.spaces.Box) and len(x.shape) == 1 for x in (obs, action))
-    if not (vectors and action.is_bounded() and limit):
-        raise EvaluationError(
-            f"Cannot score on {env_id}: it needs vectors as observations, bounded vectors as "
-            f"actions and a time limit, but has {obs}, {action} and {limit}."
-        )
+    env = make_raw(env_id, **kwargs)
+    action, limit = env.action_space, env.spec.max_episode_steps
+    if not limit:
+        name, options = split(env_id)
+        example = f"{name} {json.dumps(options | {'max_episode_steps': 1000})}"
+        raise EvaluationError(f"{env_id} needs a time limit: --env-id '{example}' sets one.")
     if np.any(action.low != -1) or np.any(action.high != 1):
         env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     return env
@@ -68,44 +60,74 @@ def make(env_id, **kwargs):
 def inspect(env_id) -> Env:
     """The Env of a registered environment: sizes, action bounds, time limit.
 
-    Raises EvaluationError for an unknown id and for one whose observations or actions are not
-    vectors, or whose actions have no bounds.
+    Resets it and makes a step, so that nothing fails only after hours of training. Raises
+    EvaluationError as `make` does, and for whatever the environment raises.
     """
-    try:
-        register(env_id)
-    except ImportError as error:
-        raise EvaluationError(f"{env_id} cannot be made: {error}") from None
-    if env_id not in gymnasium.registry:  # a "module:Env-v0" would import the module
-        near = difflib.get_close_matches(env_id, gymnasium.registry, 3)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise EvaluationError(f"unknown environment {env_id!r}.{hint}")
     with contextlib.suppress(ImportError):
         import mujoco
 
         mujoco.set_mju_user_warning(lambda _: None)  # HalfCheetah's model has an old attribute
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Gymnasium calls v4 out of date
+        env = make(env_id)
+    raw, size = env.unwrapped, env.observation_space.shape
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Gymnasium calls v4 out of date
-            env = make_raw(env_id)
-            env.close()
-    except Exception as error:  # an environment's constructor may raise anything
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise EvaluationError(f"{env_id} cannot be made: {why}") from None
-    obs, action = env.observation_space, env.action_space
-    if not all(isinstance(s, gymnasium.spaces.Box) and len(s.shape) == 1 for s in (obs, action)):
-        raise EvaluationError(
-            f"{env_id}: observations and actions must be vectors, not {obs} and {action}"
-        )
-    if not np.isfinite([action.low, action.high]).all():
-        raise EvaluationError(f"{env_id}: actions must have bounds, not {action}")
-    limit = gymnasium.spec(env_id).max_episode_steps or 0
-    return Env(env_id, obs.shape[0], action.low, action.high, limit)
+        with contextlib.closing(env):
+            first, _ = env.reset(seed=0)
+            later, reward, *ends, _ = env.step(np.zeros(env.action_space.shape, np.float32))
+            np.asarray(reward, float).item(), *map(bool, ends)
+        for obs in (first, later):
+            if np.shape(obs) != size or not np.isfinite(np.float32(obs)).all():
+                raise ValueError(f"observes {obs!r}, not finite numbers of shape {size}")
+    except Exception as error:  # an environment may raise anything
+        raise EvaluationError(f"{env_id} cannot be used: {one_line(error)}") from None
+    limit, action = env.spec.max_episode_steps, raw.action_space
+    return Env(env_id, size[0], action.low, action.high, limit)
+
+
+def one_line(error):
+    """The first line of an exception's message, or its name."""
+    return str(error).splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def named(name, options):
+    """The name of the environment `name` with options, see options.py. ValueError: not plain."""
+    with contextlib.suppress(ImportError):
+        register(name)
+    return join(name, options)
 
 
 def goal_cell(env_id):
     """(row, column) of the fixed goal in a PointMaze; None if goals are drawn for each episode."""
     kind, _, size = env_id.rpartition("-v")[0].partition("_")
     return GOALS.get(size.removesuffix("Dense")) if kind == "PointMaze" else None
+
+
+class FlatGoal(gymnasium.Wrapper):
+    """Dict observations of a goal environment as vectors: (place, observation, goal).
+
+    The place, `achieved_goal`, is left out where `observation` begins with it.
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        obs, _ = env.reset(seed=0)
+        place, seen = obs["achieved_goal"], obs["observation"]
+        told = np.array_equal(seen[: len(place)], place)
+        self._names = ("observation", "desired_goal") if told else GOAL_NAMES
+        size = sum(len(obs[name]) for name in self._names)
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,))
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self._flat(obs), info
+
+    def step(self, action):
+        obs, *rest = self.env.step(action)
+        return self._flat(obs), *rest
+
+    def _flat(self, obs):
+        return np.concatenate([obs[name] for name in self._names], dtype=np.float32)
 
 
 class FlatMaze(gymnasium.Wrapper):
@@ -134,28 +156,63 @@ class FlatMaze(gymnasium.Wrapper):
 
 
 def make_raw(env_id, **kwargs):
-    """gymnasium.make with the mazes registered. Raises ImportError if their package is missing."""
-    register(env_id)
-    env = gymnasium.make(env_id, disable_env_checker=True, **kwargs)
-    if not env_id.startswith("PointMaze_"):
-        return env
-    with contextlib.suppress(OSError):  # each environment leaves a copy of its model
-        os.unlink(env.unwrapped.tmp_xml_file_path)
-    return FlatMaze(env, goal_cell(env_id))
+    """An environment with its own action bounds, observations flattened; EvaluationError."""
+    import mujoco  # here, because --video must choose the renderer first
+
+    mujoco.set_mju_user_warning(lambda message: None)  # it would write MUJOCO_LOG.TXT
+    try:
+        name, options = split(env_id)
+        register(name)
+        if name not in gymnasium.registry:  # a "module:Env-v0" would import the module
+            near = difflib.get_close_matches(name, gymnasium.registry, 3)
+            hint = f"Did you mean {' or '.join(near)}? " if near else ""
+            hint += "If a module of your own registers it: --env-module MODULE"
+            raise EvaluationError(f"unknown environment {name!r}. {hint}.")
+        with warnings.catch_warnings():  # D4RL's scores are on v4
+            warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
+            env = gymnasium.make(spec(env_id), disable_env_checker=True, **kwargs)
+        if name.startswith("PointMaze_"):
+            with contextlib.suppress(OSError):  # each environment leaves a copy of its model
+                os.unlink(env.unwrapped.tmp_xml_file_path)
+            env = FlatMaze(env, None if "maze_map" in options else goal_cell(name))
+        elif has_goal(env.observation_space):
+            env = FlatGoal(env)
+    except Exception as error:  # an environment's constructor may raise anything
+        raise EvaluationError(f"{env_id} cannot be made: {one_line(error)}") from error
+    obs, action = env.observation_space, env.action_space
+    if not (is_vector(obs) and is_vector(action)):
+        raise EvaluationError(
+            f"{env_id}: observations and actions must be vectors, not {obs} and {action}"
+        )
+    if not np.isfinite([action.low, action.high]).all():
+        raise EvaluationError(f"{env_id}: actions must have bounds, not {action}")
+    return env
 
 
-def mazes_installed():
-    """Whether the package of the mazes, gymnasium-robotics, is installed."""
-    return importlib.util.find_spec("gymnasium_robotics") is not None
+def is_vector(space):
+    """Whether a space is that of vectors."""
+    return isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
 
 
-def register(env_id):
-    """Registers the mazes if env_id is one. Raises ImportError if their package is missing."""
-    if not env_id.startswith(("PointMaze_", "AntMaze_")):
+def has_goal(space):
+    """Whether observations are a goal environment's three vectors."""
+    parts = getattr(space, "spaces", {})
+    return set(parts) == set(GOAL_NAMES) and all(map(is_vector, parts.values()))
+
+
+def register(name):
+    """Registers gymnasium-robotics' environments, mazes among them, for an id that is not known.
+
+    Raises ImportError for a maze if their package is missing.
+    """
+    is_maze = name.startswith(("PointMaze_", "AntMaze_"))
+    if name in gymnasium.registry and not is_maze:
         return
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # its import prints news
             import gymnasium_robotics
+
+            gymnasium.register_envs(gymnasium_robotics)
     except ImportError:
-        raise ImportError("mazes need gymnasium-robotics, see requirements.txt") from None
-    gymnasium.register_envs(gymnasium_robotics)
+        if is_maze:
+            raise ImportError("mazes need gymnasium-robotics, see requirements.txt") from None

@@ -85,6 +85,7 @@ def rollout(policy, envs, num_seeds, seed):
         obs, reward = obs.copy(), np.zeros_like(reward)  # copies: the carry may hold the old arrays
         for i, result in _stepped(envs, active, action):
             obs[i], gained, terminated, truncated, _ = result
+            gained = np.asarray(gained, float).item()  # some environments return an array of one
             reward[i] = gained
             returns[i] += gained
             if not (terminated or truncated):

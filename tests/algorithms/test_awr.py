@@ -44,7 +44,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def fresh(data):
-    return INIT(KEY, data, CFG)
+    return INIT(KEY, data.rows, CFG)
 
 
 @pytest.fixture(scope="module")
@@ -293,7 +293,7 @@ def test_a_chunk_of_many_seeds_is_the_iterations_of_each(data):
     """Two iterations of three seeds under vmap, and each iteration of each seed alone, by the key
     of its last update: neither the seeds nor how a run is cut into chunks changes a number."""
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
-    start = [INIT(key, data, CFG) for key in keys]
+    start = [INIT(key, data.rows, CFG) for key in keys]
     many = jax.vmap(partial(awr.train_chunk, cfg=CFG), (0, None, 0, None))
     many, metrics = JIT(many)(jax.tree.map(lambda *x: jnp.stack(x), *start), data, keys, 12)
     for i in range(3):
@@ -374,7 +374,7 @@ def test_in_a_bandit_the_policy_is_the_weighted_mean():
         widths=(16,), batch_size=256, gamma=0.9, std=0.4, actor_lr=2e-3, critic_lr=0.1,
         critic_steps=200, actor_steps=300, log_every=300,
     )  # fmt: skip
-    start = INIT(KEY, data, cfg)
+    start = INIT(KEY, data.rows, cfg)
 
     def train(temperature):
         return awr.train_chunk(start, data, KEY, 300, replace(cfg, temperature=temperature))[0]

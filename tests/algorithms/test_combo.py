@@ -53,7 +53,7 @@ def config(**values):
         num_updates=1000, log_every=20, batch_size=16, critic_lr=3e-3, widths=(8, 8),
         beta=1.0, rollout_every=10, horizon=2,
         rollout_batch=20, retain=2, model_widths=(16, 16), model_decay=(2.5e-5, 5e-5, 1e-4),
-        num_members=3, num_elites=2,
+        num_members=3, num_elites=2, num_actions=10,
     )  # fmt: skip
     return combo.Config(**small | values)
 
@@ -440,7 +440,8 @@ def counting():
     """A model that counts: s = (id, step), s' = (id, step + 1), r = 1 + the number of the elite."""
     ids, zeros = jnp.arange(1.0, 401), jnp.zeros(400)
     pairs = jnp.stack([ids, zeros], 1)
-    data = Batch(pairs, zeros[:, None], zeros - 1, jnp.zeros((400, 2)), zeros)
+    reward, far = jnp.linspace(-9, -1, 400), jnp.full((400, 2), 3.0)  # a range: to 7, to (799, 6)
+    data = Batch(pairs, zeros[:, None], reward, far, zeros)
     values = jnp.array([[0.0, 1.0, 1.0], [0.0, 1.0, 2.0]])
     return fresh().replace(dynamics=constant(fresh().dynamics, values)), data
 
@@ -538,6 +539,48 @@ def test_rollouts_act_by_the_policy_on_normalised_states():
     np.testing.assert_allclose(rows.action, np.tanh(mean), atol=1e-5)
 
 
+def test_a_column_that_carries_nothing_changes_nothing():
+    """Constants of any size, and what rounding makes of them: no input, no step, no end."""
+    data, extra = world_data(), jnp.float32([0.0, 9.81, 1e6])
+    noise = 1e-6 * np.random.default_rng(1).normal(size=(len(data.reward), 1))
+    still = jnp.concatenate([jnp.tile(extra, (len(noise), 1)), jnp.float32(9.81 + noise)], 1)
+    wide = data._replace(
+        obs=jnp.concatenate([data.obs, still], 1),
+        next_obs=jnp.concatenate([data.next_obs, still], 1),
+        action=jnp.concatenate([data.action, jnp.full_like(data.action, 0.3)], 1),
+    )
+    state = compiled("init", config())(jax.random.key(0), wide)
+    assert np.isinf(state.dynamics.std).tolist() == [False] * 2 + [True] * 4 + [False, True]
+    assert not (
+        np.asarray((wide.obs - state.dynamics.mean[:6]) / state.dynamics.std[:6])[:, 2:]
+    ).any()
+    cfg = config(rollout_batch=100, horizon=20)
+    rows, keep = combo.rollout(
+        state, wide, jax.random.key(0), cfg, lambda s, a, s2: combo.never(s, a, s2)
+    )
+    obs, next_obs = (
+        np.asarray(rows.obs)[np.asarray(keep)],
+        np.asarray(rows.next_obs)[np.asarray(keep)],
+    )
+    assert (obs[:, 2:] == next_obs[:, 2:]).all()
+    assert (obs[:, 2:5] == extra).all()
+    assert (obs[:, :2] != next_obs[:, :2]).any()
+
+
+@pytest.mark.parametrize("far", [0.9, 1.1, jnp.nan])
+def test_a_rollout_stops_where_no_data_come_near(far):
+    """At a state farther beyond the data's range than that is wide; its row is not kept."""
+    state, data = counting()
+    data = data._replace(next_obs=data.obs.at[:, 1].set(1.0))  # from 0 to 1
+    step = jnp.array([[0.0, 1 + far, 50.0], [0.0, 1 + far, 50.0]])
+    state = state.replace(dynamics=constant(fresh().dynamics, step))
+    rows, _ = rolled(state, data, NEVER)
+    near = far < 1
+    assert collections.Counter(rows.obs[:, 1].tolist()) == ({0.0: 100} if near else {})
+    if near:  # the reward is at most as far from those of the data, which go from -9 to -1
+        assert set(rows.reward.tolist()) == {7.0}
+
+
 # --- The replay buffer ---
 
 
@@ -593,7 +636,7 @@ def test_a_chunk_makes_its_updates_and_rollouts_and_samples_filled_rows_alone(li
 
 
 def test_a_minibatch_holds_the_datas_rows_then_the_models(monkeypatch):
-    """Rewards are -1 in the data, 1 or 2 in the model; obs[0] is a whole number from 1 to 400."""
+    """Rewards are negative in the data, 1 or 2 in the model; obs[0] is 1 to 400."""
     cfg = config(real_fraction=0.75)
     state, data = counting()
     state = state.replace(obs_mean=jnp.array([128.0, 1.0]), obs_std=jnp.array([64.0, 0.5]))
@@ -602,8 +645,8 @@ def test_a_minibatch_holds_the_datas_rows_then_the_models(monkeypatch):
         assert batch.obs.shape == batch.next_obs.shape == (16, 2)
         names = batch.obs[:, 0] * 64 + 128
         info = {
-            "real": jnp.sum(batch.reward == -1),
-            "first": jnp.all(batch.reward[:12] == -1),
+            "real": jnp.sum(batch.reward < 0),
+            "first": jnp.all(batch.reward[:12] < 0),
             "model": jnp.all(batch.reward[12:] > 0),
             "whole": jnp.all((names == jnp.round(names)) & (names >= 1) & (names <= 400)),
             "step": jnp.max(

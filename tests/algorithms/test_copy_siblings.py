@@ -52,4 +52,4 @@ def test_refuses(files, tmp_path, block, idea, words):
 
 def test_the_rules_are_those_of_the_test():
     versions, idea = siblings.rules()
-    assert "Config" in idea and "iql" in versions["Actor"]
+    assert "Config" in idea and "rebrac" in versions["Actor"]

@@ -274,7 +274,7 @@ def time64(p, t, width):
 def unet64(params, x, t, width, levels):
     """Of one trajectory (H, C), as the paper's Figure A1; the first level has no way across."""
     p, conv, across, n = params["params"], iter(range(99)), [], 0
-    t = time64(p["Time_0"], t, width)
+    t = time64(p["TimeEmbedding_0"], t, width)
     for level in range(levels):
         x = conv64(p[f"Conv_{next(conv)}"], x, 3, 2) if level else x
         x, n = block64(p[f"Block_{n}"], block64(p[f"Block_{n + 1}"], x, t), t), n + 2
@@ -290,7 +290,7 @@ def unet64(params, x, t, width, levels):
 
 
 def return64(params, x, t, width, levels):
-    p, t = params["params"], time64(params["params"]["Time_0"], t, width)
+    p, t = params["params"], time64(params["params"]["TimeEmbedding_0"], t, width)
     for i in range(levels):
         x = block64(p[f"Block_{2 * i}"], block64(p[f"Block_{2 * i + 1}"], x, t), t)
         x = conv64(p[f"Conv_{i}"], x, 3, 2)

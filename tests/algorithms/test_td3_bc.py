@@ -160,9 +160,9 @@ def test_chunks_of_rounds(fresh):
 
 
 def test_odd_chunks_are_refused():
-    td3_bc.check(CFG)
+    td3_bc.check(CFG, None)
     with pytest.raises(SystemExit, match="--log-every 5: must be a multiple of --policy-delay 2"):
-        td3_bc.check(replace(CFG, log_every=5))
+        td3_bc.check(replace(CFG, log_every=5), None)
 
 
 # --- The target ---

@@ -200,7 +200,7 @@ def test_two_at_once_do_not_share_a_run(grid, tmp_path, capsys):
 def test_the_cells_of_an_array_are_those_of_the_grid(tmp_path):
     """A cell's command, parsed again, is the grid's own; a number outside is refused."""
     cfg = parse([*GRID, "--seeds-per-run=1", "--jobs=3", "--dry-run", "--slurm=x"], tmp_path)
-    words = scores_cluster.words(cfg)[2:]
+    words = scores_cluster.words(cfg)[3:]  # after python -m benchmarks.scores
     one = scores.tyro.cli(scores.Config, args=[*words, "3"])
     assert scores.grid(one) == scores.grid(cfg)
     assert (one.cell, one.jobs, one.dry_run, one.slurm) == (3, 0, False, "")

@@ -521,7 +521,7 @@ FLAGS = {
     "combo --real-fraction 1": "--real-fraction 1.0: must be above 0, below 1",
     "combo --real-fraction 0.01": "must leave rows of the data and of the model",
     "combo --model-widths 8": "--model-decay needs one value more than --model-widths",
-    "combo --rollout-every 300 --eval-every 1000": "--rollout-every 300: one must",
+    "combo --rollout-every 300 --eval-every 1000": "--log-every 1000, --rollout-every 300: one",
     "combo --retain 10000 --rollout-batch 1000000": "50,000,000,000 rows are too many",
     "diffuser --horizon 6": "--horizon 6: must be a multiple of 8",
     "diffuser --width 12": "--width must be a multiple of 8",

@@ -357,7 +357,8 @@ def test_metadata_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     for i, env_id in enumerate(("Pendulum-v1", "hostile_module:Evil-v0", "Evil-v0")):
         spec = {"id": env_id, "entry_point": "hostile_module:run", "kwargs": {}}
-        spec |= {"additional_wrappers": [{"name": "x", "entry_point": "hostile_module:run"}]}
+        wrapper = {"name": "OrderEnforcing", "entry_point": "hostile_module:run"}
+        spec |= {"additional_wrappers": [wrapper]}
         metadata = {"env_spec": json.dumps(spec), "eval_env_spec": json.dumps(spec)}
         metadata |= {"observation_space": "hostile_module", "stillwater": "!!python/object"}
         minari_dataset(tmp_path, f"own/x-v{i}", json.dumps(metadata))

@@ -1,5 +1,6 @@
 """PointMaze: the environment's form, the waypoint controller, and the data of its walk."""
 
+import functools
 import subprocess
 import sys
 import tempfile
@@ -180,8 +181,8 @@ def test_without_the_package_there_is_one_message(monkeypatch, tmp_path, capsys)
         for env_id in (UMAZE, "AntMaze_UMaze-v5"):
             with pytest.raises(evaluation.EvaluationError) as error:
                 evaluation.make(env_id)
-            want = f"{env_id}: mazes need gymnasium-robotics, see requirements.txt"
-            assert str(error.value) == f"Gymnasium cannot make {want}"
+            want = "mazes need gymnasium-robotics, see requirements.txt"
+            assert str(error.value) == f"{env_id} cannot be made: {want}"
             with pytest.raises(evaluation.EvaluationError, match="mazes need gymnasium-rob"):
                 evaluation.inspect(env_id)
         evaluation.make("Pendulum-v1")
@@ -190,8 +191,45 @@ def test_without_the_package_there_is_one_message(monkeypatch, tmp_path, capsys)
         assert "mazes need gymnasium-robotics" in capsys.readouterr().err
     assert datasets.load(NAME).env_id == UMAZE  # once it is installed: not the cache's answer
     assert capsys.readouterr().err == ""
-    with pytest.raises(evaluation.EvaluationError, match="it needs vectors as observations"):
-        evaluation.make("AntMaze_UMaze-v5")
+
+
+class Reach(gymnasium.Env):
+    """A goal environment whose observation begins with the place."""
+
+    space = functools.partial(gymnasium.spaces.Box, -9, 9)
+    observation_space = gymnasium.spaces.Dict(
+        observation=space((3,)), achieved_goal=space((2,)), desired_goal=space((2,))
+    )
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.step([0.0])[0], {}
+
+    def step(self, action):
+        seen = self.np_random.normal(size=3) + action[0]
+        goal = np.array([7.0, 8.0])
+        obs = dict(observation=seen, achieved_goal=seen[:2], desired_goal=goal)
+        return obs, 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("env_id, told", [("AntMaze_UMaze-v5", False), ("Reach-v0", True)])
+def test_goal_environments_are_flattened_as_their_data_are(env_id, told):
+    """(place, observation, goal), the place left out where the observation begins with it."""
+    if told:
+        gymnasium.register("Reach-v0", Reach, max_episode_steps=9)
+    names = ("achieved_goal", "observation", "desired_goal")[told:]
+    env, theirs = evaluation.make(env_id), plain(env_id)
+    ours, _ = env.reset(seed=3)
+    want, _ = theirs.reset(seed=3)
+    action = np.full(env.action_space.shape, 0.5, np.float32)
+    for _ in range(3):
+        flat = np.concatenate([want[name] for name in names])
+        np.testing.assert_allclose(ours, flat, rtol=1e-6)
+        assert env.observation_space.shape == ours.shape
+        ours, want = env.step(action)[0], theirs.step(action)[0]
+    assert evaluation.inspect(env_id).obs_dim == len(ours)
+    gymnasium.registry.pop("Reach-v0", None)
 
 
 FILM = """

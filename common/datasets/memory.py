@@ -1,0 +1,59 @@
+"""Arrays in memory, checked by the code that checks files."""
+
+import hashlib
+
+import numpy as np
+
+from common.datasets.checked import CheckedFile, DatasetError
+
+FIELDS = {  # D4RL's name of a field: the argument of datasets.from_arrays
+    "observations": "obs",
+    "actions": "action",
+    "rewards": "reward",
+    "terminals": "done",
+    "timeouts": "timeout",
+    "next_observations": "next_obs",
+}
+
+
+class Arrays(CheckedFile):
+    """Arrays in place of a file. fields: {argument of datasets.from_arrays: array or None}."""
+
+    def __init__(self, name, fields):
+        self.path, self.notes, self.ordered, self._arrays = name, [], True, {}
+        for stored, argument in FIELDS.items():
+            if fields[argument] is not None:
+                try:
+                    self._arrays[stored] = np.asarray(fields[argument])
+                except ValueError as error:  # lists of unequal length
+                    raise self.refusal(stored, str(error)) from None
+
+    def sha256(self):
+        """Of names, shapes, dtypes and numbers: a resumed run needs the same arrays."""
+        digest = hashlib.sha256()
+        for name, x in self._arrays.items():
+            digest.update(f"{name} {x.dtype.str} {x.shape} ".encode())
+            digest.update(x.tobytes())
+        return digest.hexdigest()
+
+    def refusal(self, field, why):
+        return DatasetError(f"{self.path}: {FIELDS[field]}: {why}")
+
+    def item(self, field):
+        return self._arrays.get(field)
+
+    def stored(self, field, ndim):
+        x = self.item(field)
+        if x is None:
+            raise self.refusal(field, "missing")
+        if x.dtype.kind not in "fiub":
+            raise self.refusal(field, f"holds {x.dtype} values, not numbers")
+        if x.ndim != ndim or 0 in x.shape[1:]:
+            raise self.refusal(field, f"has shape {x.shape}, needs {ndim} axes")
+        return x
+
+    def same_length(self, sizes):
+        super().same_length({FIELDS[field]: size for field, size in sizes.items()})
+
+    def close(self):
+        """Nothing is open."""
