@@ -84,8 +84,8 @@ def load(run):
 def load_policy(run, seed_index=0):
     """The Policy of one seed of a run: `action = policy(obs)`; `policy.reset()` begins an episode.
 
-    run: its folder; seed_index: counted from 0, whatever the run's first seed. Raises RunError,
-    and EvaluationError for a seed that the run does not have.
+    run: the run folder. seed_index: counted from 0, whatever the run's first seed is. Raises
+    RunError as `load` does, and EvaluationError for a seed that the run does not have.
     """
     module, cfg, state = load(run)
     choose_seed(run, cfg, seed_index, "seed_index")
@@ -94,7 +94,7 @@ def load_policy(run, seed_index=0):
 
 
 def choose_seed(run, cfg, index, name):
-    """Raises EvaluationError unless a run has a seed of that index; `name` is the argument's."""
+    """Raises EvaluationError unless a run has a seed `index`. name: of the argument, to report."""
     if not 0 <= index < cfg.num_seeds:
         seeds = f"{run} holds seeds 0 to {cfg.num_seeds - 1}, counted from 0"
         raise EvaluationError(f"{name} {index}: {seeds}.")
