@@ -1,17 +1,19 @@
-"""What is said of offline RL, shown in two tiny worlds where the truth is known.
+"""Tests six claims of offline RL in two small worlds where true values are known.
 
-The corridor: five places in a row. Action a in [-1, 1] steps right with probability (1 + a) / 2,
-else left (from the first place: nowhere). To leave by the right end pays 1 and ends. So Q is linear
-in a, and a policy's value, which hangs on its mean actions alone, solves five linear equations.
+The corridor has five places in a row. Action a in [-1, 1] steps right with probability (1 + a) / 2,
+else left (at the first place: it stays). Leaving by the right end pays 1 and ends the episode. So Q
+is linear in a, and the value of a policy depends only on its mean actions and solves five linear
+equations.
 
-The ledge: a position x in [-1, 1] moves to x + 0.2 a and pays x / 2 + a; beyond a = 0.3 one falls,
-which costs 10 (a - 0.3)^2. Nothing ends. A policy's value solves linear equations on a grid.
+The ledge has positions x in [-1, 1]. Action a moves to x + 0.2 a and pays x / 2 + a, minus
+10 (a - 0.3)^2 beyond a = 0.3. Episodes do not end. The value of a policy solves linear equations on
+a grid.
 
     python -m benchmarks.studies.claims               # results/claims.json and results/claims/*.png
     python -m benchmarks.studies.claims --only iql
 
-The files in algorithms/ do the learning, with small networks and several seeds; bars and bands go
-from the least seed to the greatest. Of joining two episodes: benchmarks/studies/stitching.py.
+The files in algorithms/ do the learning, with small networks and several seeds. Bars and bands go
+from the lowest seed to the highest. The claim about combining episodes is in stitching.py.
 """
 
 import json
@@ -39,20 +41,20 @@ NETS = dict(env="claims", widths=(32,), normalize=False, batch_size=128)
 
 @dataclass(frozen=True)
 class Config:
-    only: str = ""  # the one claim to make, of CLAIMS; empty: all
-    results: str = str(ROOT / "benchmarks/results")  # where everything goes
+    only: str = ""  # name of the one claim to test; empty: all
+    results: str = str(ROOT / "benchmarks/results")  # folder for claims.json and claims/
 
 
 # --- The corridor ---
 
 PLACES, GAMMA, MIDDLE = np.arange(5), 0.9, 2
-SEEN = (-1.0, 0.4)  # where the data's actions are uniform, for IQL and AWAC
+SEEN = (-1.0, 0.4)  # range of the data's uniform actions, for IQL and AWAC
 
 
 def corridor_q(v, action, effort=0.0):
-    """Q (..., 5, K) of actions (K,) or (..., 5, K), each at effort a^2, then a policy of value v.
+    """Q (..., 5, K) of actions (K,) or (..., 5, K), followed by a policy with value v (..., 5).
 
-    v: (..., 5).
+    effort: an action costs effort a^2.
     """
     ahead = np.concatenate([GAMMA * v[..., 1:], np.ones_like(v[..., :1])], -1)[..., None]
     behind = GAMMA * np.concatenate([v[..., :1], v[..., :-1]], -1)[..., None]
@@ -61,7 +63,7 @@ def corridor_q(v, action, effort=0.0):
 
 
 def corridor_value(mean, square=0.0, effort=0.0):
-    """V (..., 5) of a policy from E[a] (..., 5), and E[a^2] where that matters."""
+    """V (..., 5) of a policy with mean E[a] (..., 5); square: E[a^2], needed with an effort."""
     right = (1 + np.asarray(mean, float)) / 2
     move = np.zeros((*right.shape, len(PLACES)))
     move[..., PLACES[:-1], PLACES[1:]] = right[..., :-1]
@@ -80,7 +82,7 @@ def corridor_best(effort=0.0):
 
 
 def corridor_data(rng, action, effort=0.0):
-    """A Batch of one row for each of the actions (N,), the places in turn."""
+    """A Batch with one row for each of the actions (N,), at the places in turn."""
     place = np.arange(len(action)) % len(PLACES)
     to = place + np.where(rng.random(len(action)) < (1 + action) / 2, 1, -1)
     done, eye = to == len(PLACES), np.eye(len(PLACES))
@@ -92,7 +94,7 @@ def corridor_data(rng, action, effort=0.0):
 # --- The ledge ---
 
 LEDGE_GAMMA, EDGE, GRID = 0.95, 0.3, np.linspace(-1, 1, 101)
-TRIED = (-0.7, EDGE)  # where the data's actions are uniform
+TRIED = (-0.7, EDGE)  # range of the data's uniform actions
 
 
 def ledge_step(x, action):
@@ -103,7 +105,7 @@ def ledge_step(x, action):
 
 @partial(np.vectorize, signature="(g,k)->(g)")
 def ledge_value(actions):
-    """V (..., G) on GRID of a policy that takes each of its actions (..., G, K) equally often."""
+    """V (..., G) on GRID of a policy whose K actions (..., G, K) are equally likely."""
     to, pays = ledge_step(GRID[:, None], actions)
     near = np.maximum(1 - np.abs(to[:, :, None] - GRID) / (GRID[1] - GRID[0]), 0)  # interpolates
     return np.linalg.solve(np.eye(len(GRID)) - LEDGE_GAMMA * near.mean(1), pays.mean(1))
@@ -111,7 +113,7 @@ def ledge_value(actions):
 
 @partial(np.vectorize, signature="(g),(n),(n)->(n)")
 def ledge_q(v, x, action):
-    """Q (..., N) of actions at x, then a policy of value v (..., G)."""
+    """Q (..., N) of actions at positions x, followed by a policy with value v (..., G)."""
     to, pays = ledge_step(x, action)
     return pays + LEDGE_GAMMA * np.interp(to, GRID, v)
 
@@ -127,7 +129,7 @@ def ledge_best():
 
 
 def ledge_data(rows=4000, seed=0):
-    """A Batch of positions and actions at random, no action beyond the ledge."""
+    """A Batch of random positions and actions; no action goes beyond the edge."""
     rng = np.random.default_rng(seed)
     x, action = rng.uniform(-1, 1, rows), rng.uniform(*TRIED, rows)
     to, pays = ledge_step(x, action)
@@ -135,13 +137,15 @@ def ledge_data(rows=4000, seed=0):
     return datasets.Batch(*(np.asarray(x, np.float32) for x in rows))
 
 
-# --- Training: V values of one field of a config by S seeds, side by side ---
+# --- Training: S seeds for each of V values of one field of a config, together ---
 
 
 def train(name, data, field=None, values=None, seeds=5, terminal=None, adapt=None, **settings):
-    """States (V, S, ...) after each `log_every` updates.
+    """Yields states (V, S, ...) after each `log_every` updates.
 
-    data: a Batch; or where `field` is None, V of them, (V, N, ...). adapt: changes a fresh State.
+    data: a Batch, or V of them (V, N, ...) if `field` is None. field, values: the field of the
+    config that varies and its V values. terminal: COMBO's termination function. adapt: a function
+    that changes a fresh State.
     """
     module = experiment.module(name)
     own = experiment.resolve(module.Config(**NETS | settings), getattr(module, "TUNED", {}))
@@ -160,7 +164,7 @@ def train(name, data, field=None, values=None, seeds=5, terminal=None, adapt=Non
 
     start = jax.vmap(jax.vmap(start, (None, 0)), (of_data, None), axis_size=len(values))
     state = jax.jit(start)(data, fold(keys, 0))
-    if terminal is not None:  # COMBO's: a model for each seed, the same for all values
+    if terminal is not None:  # COMBO: a model for each seed, shared by all values
         dynamics = module.fit_dynamics(keys, data, own, lambda line: None)
         dynamics = jax.tree.map(lambda x: jnp.stack([x] * len(values)), dynamics)
         state = state.replace(dynamics=dynamics)
@@ -177,9 +181,9 @@ def trained(*args, updates, **settings):
 
 
 def each(function, state, *inputs):
-    """function(State of one run, inputs (N, .)) of all runs, (V, S, ...), in float64.
+    """function(State of one run, *inputs) for all runs: (V, S, ...) float64.
 
-    inputs: (N, .), or of each run (V, S, N, .).
+    inputs: (N, D) for all runs, or (V, S, N, D).
     """
     runs = jax.tree.leaves(state)[0].shape[:2]
     inputs = [jnp.broadcast_to(jnp.float32(x), (*runs, *np.shape(x)[-2:])) for x in inputs]
@@ -188,7 +192,7 @@ def each(function, state, *inputs):
 
 
 def q_value(state, obs, action):
-    """The smaller of two critics' Q (N,) at obs (N, D), action (N, 1)."""
+    """Q (N,) at obs (N, D) and action (N, 1), the smaller of the two critics'."""
     return state.critic.apply_fn(state.critic.params, obs, action).min(0)
 
 
@@ -200,31 +204,35 @@ def gaussian(state, obs):
 
 
 def likely_actions(state, obs, squash):
-    """40 equally likely actions of each run's policy at obs (N, D): (V, S, N, 40)."""
+    """40 equally likely actions of each run's policy at obs (N, D): (V, S, N, 40).
+
+    squash: from the Gaussian to an action.
+    """
     mean, std = each(gaussian, state, obs)
     return squash(mean[..., None] + std[..., None] * NORMAL)
 
 
 def on_the_ledge(state, x):
-    """Of each run's policy at positions x (N,) or (V, S, N): its value, and means over its actions.
+    """For the policy of each run: its value, and means over its actions at x (N,) or (V, S, N).
 
-    {"value": (V, S, G), "believed" and "true": Q, "beyond": share beyond the data, all (V, S)}.
+    {"value": (V, S, G) on GRID, "predicted": Q of its actions by the critics, "earned": their true
+    Q, "beyond": share of actions outside the data; the last three (V, S)}.
     """
     v = ledge_value(likely_actions(state, GRID[:, None], np.tanh))
     action = likely_actions(state, x[..., None], np.tanh)[..., ::4]  # (V, S, N, 10)
     x = np.repeat(x, action.shape[-1], -1)
     action = action.reshape(*v.shape[:2], -1)
-    believed = each(q_value, state, x[..., None], action[..., None]).mean(2)
-    true, beyond = ledge_q(v, x, action).mean(2), np.mean(action > EDGE, 2)
-    return {"value": v, "believed": believed, "true": true, "beyond": beyond}
+    predicted = each(q_value, state, x[..., None], action[..., None]).mean(2)
+    earned, beyond = ledge_q(v, x, action).mean(2), np.mean(action > EDGE, 2)
+    return {"value": v, "predicted": predicted, "earned": earned, "beyond": beyond}
 
 
 def spread(x):
-    """Mean, least and greatest over the last axis, the seeds."""
-    return {"mean": np.mean(x, -1), "least": np.min(x, -1), "most": np.max(x, -1)}
+    """Mean, lowest and highest of x (..., S) over the seeds."""
+    return {"mean": np.mean(x, -1), "lowest": np.min(x, -1), "highest": np.max(x, -1)}
 
 
-# --- The claims: what each function returns is plain data ---
+# --- The claims: each function returns plain data ---
 
 OFF = dict(num_actions=4, actor_lr=1e-3, critic_lr=1e-3, polyak=0.02)
 ON_LEDGE = OFF | dict(gamma=LEDGE_GAMMA, widths=(32, 32))
@@ -232,10 +240,10 @@ IN_CORRIDOR = dict(gamma=GAMMA, lr=3e-3, polyak=0.02)
 
 
 def naive(updates=4000, every=400, seeds=5):
-    """SAC and CQL on the ledge: Q of the policy's own actions, believed and true, as they learn.
+    """SAC and CQL on the ledge: Q of the policy's own actions, predicted and true, by updates.
 
-    After the last update, for all a at x = 0: Q's error, and its error of one step, which is what Q
-    adds to the true reward and the believed value of the next position.
+    After the last update, for actions at x = 0: the error of Q, and its one-step error, which is
+    the difference between Q and the true reward plus the predicted value of the next position.
     """
     data, rng, curves = ledge_data(), np.random.default_rng(1), []
     x, sweep = rng.uniform(-1, 1, 200), np.linspace(-1, 1, 41)
@@ -250,7 +258,7 @@ def naive(updates=4000, every=400, seeds=5):
     found = {"updates": every * (1 + np.arange(len(curves))), "actions": sweep, "seen": TRIED}
     found["best possible"] = np.interp(x, GRID, ledge_best()).mean()
     for i, who in enumerate(("SAC", "CQL")):
-        names = ("believed", "true", "beyond")
+        names = ("predicted", "earned", "beyond")
         found[who] = {name: spread([curve[name][i] for curve in curves]) for name in names}
         found[who] |= {"error": spread(whole[i].T), "error of one step": spread(step[i].T)}
     return found
@@ -258,7 +266,7 @@ def naive(updates=4000, every=400, seeds=5):
 
 @contextmanager
 def without_the_data_term(cql):
-    """CQL's critics are pushed down at sampled actions and not up at the data's, its Eq. (1)."""
+    """Within: CQL's critics are not pushed up at the data's actions, Eq. (1) instead of (2)."""
     whole = cql.critic_loss
 
     def critic_loss(q_params, state, batch, key, cfg):
@@ -273,10 +281,10 @@ def without_the_data_term(cql):
 
 
 def tabular(alpha, keep, behaviour, policy, actions):
-    """The fixed point (5, K) of CQL's Eq. (1), or with keep = 1 of Eq. (2), where mu = policy.
+    """The fixed point (5, K) of CQL's Eq. (1), or with keep = 1 of Eq. (2), for mu = policy.
 
-    At each (s, a) the least  alpha (mu - keep behaviour) Q + behaviour (Q - T)^2 / 2  over Q; T is
-    the exact backup of the last Q by the policy.
+    Each iteration minimises  alpha (mu - keep behaviour) Q + behaviour (Q - T)^2 / 2  over Q at
+    each (s, a); T is the exact backup of the last Q under the policy.
     """
     q = np.zeros_like(policy)
     for _ in range(500):
@@ -286,10 +294,11 @@ def tabular(alpha, keep, behaviour, policy, actions):
 
 
 def conservative(updates=3000, seeds=5, alpha=0.2):
-    """CQL's Q without and with the data term against the truth: in a table, and learned.
+    """CQL's Q without and with the data term against the true Q: in a table, and learned.
 
-    Of each, Q of pairs (s, a), and its mean under the policy at each s. What is pushed down are the
-    policy's own actions, as Theorem 3.2 wants it: CQL(rho), nearly so for it prefers large Q.
+    For each: Q of pairs (s, a), and its mean under the policy at each s. The penalty is on the
+    policy's own actions, as in Theorem 3.2; CQL(rho) has this approximately, since it prefers
+    actions with a large Q.
     """
     found, actions, eye = {}, np.linspace(-1, 1, 9), np.eye(len(PLACES))
     behaviour = np.exp(actions / 2) * np.ones((len(eye), 1))
@@ -326,7 +335,7 @@ def conservative(updates=3000, seeds=5, alpha=0.2):
 
 
 def expectile_value(tau, actions):
-    """V (5,), at each place the expectile of Q over equally likely actions (K,): what IQL seeks."""
+    """IQL's exact V (5,): at each place the expectile of Q over equally likely actions (K,)."""
     v = np.zeros(len(PLACES))
     for _ in range(1000):
         q = corridor_q(v, actions)
@@ -336,7 +345,7 @@ def expectile_value(tau, actions):
 
 
 def poison(data):
-    """For train's `adapt`: Q is NaN at each pair (s, a) that is not a row of the data."""
+    """For `adapt` of train: Q becomes NaN at each pair (s, a) that is not a row of the data."""
 
     def adapt(state):
         apply = state.critic.apply_fn
@@ -352,7 +361,7 @@ def poison(data):
 
 
 def poisoned(name, field, data, updates=200):
-    """All learned numbers after training as usual, and with Q poisoned off the data."""
+    """All learned numbers, as vectors, after normal training and with Q poisoned off the data."""
     runs = [
         trained(name, data, field, [1.0], seeds=1, adapt=adapt, updates=updates)
         for adapt in (None, poison(data))
@@ -361,13 +370,13 @@ def poisoned(name, field, data, updates=200):
 
 
 def references():
-    """Values at the middle place of the data's own policy, the best within it, and the best."""
+    """Values at the middle place: of the behaviour, of the best action in the data, of the best."""
     actions = {"behaviour": np.mean(SEEN), "best in the data": SEEN[1], "best": 1.0}
     return {who: corridor_value(np.full(len(PLACES), a))[MIDDLE] for who, a in actions.items()}
 
 
 def implicit(updates=4000, seeds=5, taus=(0.5, 0.7, 0.9, 0.97, 0.99)):
-    """IQL's V at the middle place for each tau, learned and exact; and with Q poisoned."""
+    """IQL's V at the middle place for each tau, learned and exact; whether a poisoned Q matters."""
     rng = np.random.default_rng(0)
     data = corridor_data(rng, rng.uniform(*SEEN, 20_000))
     state = trained("iql", data, "tau", taus, updates=updates, seeds=seeds, **IN_CORRIDOR)
@@ -381,7 +390,7 @@ def implicit(updates=4000, seeds=5, taus=(0.5, 0.7, 0.9, 0.97, 0.99)):
 
 
 def awac_actions(lam, actions, clip=100.0):
-    """Mean actions (5,) of AWAC's fixed point: a Gaussian fitted to weighted actions (K,)."""
+    """Mean actions (5,) at AWAC's fixed point: a Gaussian fitted to weighted actions (K,)."""
     mean, std = np.full(len(PLACES), actions.mean()), actions.std()
     for _ in range(300):
         own = np.clip(mean[:, None] + std * NORMAL, -1, 1)
@@ -395,7 +404,7 @@ def awac_actions(lam, actions, clip=100.0):
 
 
 def weighted(updates=4000, seeds=5, lambdas=(3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)):
-    """Value at the middle place of AWAC's mean action for each lambda, learned and exact."""
+    """The value of AWAC's mean action at the middle place for each lambda, learned and exact."""
     rng, betas = np.random.default_rng(0), 1 / np.array(lambdas)
     data = corridor_data(rng, rng.uniform(*SEEN, 20_000))
     state = trained("awac", data, "beta", betas, updates=updates, seeds=seeds, **IN_CORRIDOR)
@@ -407,22 +416,24 @@ def weighted(updates=4000, seeds=5, lambdas=(3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.0
 
 
 def model_based(updates=4000, seeds=5, betas=(0.0, 0.5, 1.0, 2.0, 5.0)):
-    """COMBO on the ledge: its policy's Q at the model's states, believed and true, by beta."""
+    """COMBO on the ledge: Q of its policy at the model's states, predicted and true, by beta."""
     import combo
 
     sizes = dict(model_widths=(32, 32), model_decay=(0.0,) * 3, num_members=3, num_elites=3)
     sizes |= dict(max_epochs=30, rollout_batch=300, rollout_every=200, horizon=5, seeds=seeds)
     run = partial(trained, "combo", ledge_data(), "beta", betas, terminal=combo.never)
     state = run(updates=updates, **ON_LEDGE | sizes)
-    x = np.asarray(state.ring.rows.obs[:, :, ::37, 0], float)  # 203 of 7500
+    x = np.asarray(state.buffer.rows.obs[:, :, ::37, 0], float)  # 203 of 7500
     found = on_the_ledge(state, x)
     del found["value"]
     return {"betas": betas} | {name: spread(x) for name, x in found.items()}
 
 
 def ceiling(updates=3000, seeds=3, means=(-0.5, -0.25, 0.0, 0.25, 0.5), efforts=(0.0, 0.2)):
-    """Values at the middle place of behaviours uniform around each mean, and of who learns from
-    them: (efforts, means), in corridors where an action costs effort a^2."""
+    """Values at the middle place of behaviours and of policies learned from them: (efforts, means).
+
+    A behaviour is uniform around its mean action; in its corridor an action costs effort a^2.
+    """
     rng, width, shape = np.random.default_rng(0), 0.4, (len(efforts), len(means))
     effort, mean = (x.ravel() for x in np.meshgrid(efforts, means, indexing="ij"))
     rows = [
@@ -458,7 +469,7 @@ CLAIMS |= {"awac": weighted, "combo": model_based, "bc": ceiling}
 
 
 def plain(x):
-    """Arrays as lists of four digits, for JSON."""
+    """Arrays as lists of numbers with four digits, for JSON."""
     if isinstance(x, dict):
         return {k: plain(v) for k, v in x.items()}
     if isinstance(x, bool | str | int):

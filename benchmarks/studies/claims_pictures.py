@@ -1,4 +1,4 @@
-"""One picture for each claim of benchmarks/studies/claims.py, from what claims.json holds."""
+"""One picture for each claim of claims.py, from claims.json."""
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -7,7 +7,7 @@ from PIL import Image
 
 
 def draw(name, found, path):
-    """The picture of one claim."""
+    """Draws the picture of one claim to `path`. name: of CLAIMS. found: its numbers."""
     panels, title = PICTURES[name]
     size, dpi = ((8.6, 3.9), 140) if name == "naive" else ((7, 4), 100)  # README's first picture
     figure = Figure(size, dpi=dpi, layout="constrained")
@@ -21,7 +21,7 @@ def draw(name, found, path):
 
 
 def levels(axis, values):
-    """Dashed lines with their names at the right end, {name: (value, colour)}."""
+    """Draws dashed lines with names at the right end. values: {name: (value, colour)}."""
     for name, (value, colour) in values.items():
         axis.axhline(value, color=colour, lw=1, ls="--", zorder=0)
         where = dict(xycoords=("axes fraction", "data"), textcoords="offset points")
@@ -29,23 +29,23 @@ def levels(axis, values):
 
 
 def dots(axis, x, seeds, label, colour, **style):
-    """Mean of the seeds with a bar from the least to the greatest."""
+    """Draws the mean of the seeds with a bar from the lowest to the highest."""
     mean = np.array(seeds["mean"])
-    bars = np.abs(np.array([seeds["least"], seeds["most"]]) - mean)
+    bars = np.abs(np.array([seeds["lowest"], seeds["highest"]]) - mean)
     style = dict(ms=5) | style
     axis.errorbar(x, mean, bars, fmt="o", capsize=3, label=label, color=colour, **style)
 
 
 def band(axis, x, seeds, label, colour):
-    """The same as a line in a band."""
+    """Draws the mean of the seeds as a line in a band from the lowest to the highest."""
     axis.plot(x, seeds["mean"], label=label, color=colour)
-    axis.fill_between(x, seeds["least"], seeds["most"], color=colour, alpha=0.25, lw=0)
+    axis.fill_between(x, seeds["lowest"], seeds["highest"], color=colour, alpha=0.25, lw=0)
 
 
 def naive(found, left, right):
     best = found["best possible"]
     for who, colour in (("SAC", "#d55e00"), ("CQL", "#0072b2")):
-        predicted, earned = (found[who][k] for k in ("believed", "true"))
+        predicted, earned = (found[who][k] for k in ("predicted", "earned"))
         band(left, found["updates"], predicted, who, colour)
         left.plot(found["updates"], earned["mean"], color=colour, ls=":")
         band(right, found["actions"], found[who]["error of one step"], who, colour)
@@ -117,8 +117,8 @@ def awac(found, axis):
 
 def combo(found, axis):
     x = np.arange(len(found["betas"]))
-    dots(axis, x, found["believed"], "COMBO predicts", "C0")
-    dots(axis, x, found["true"], "COMBO earns", "k", mfc="w")
+    dots(axis, x, found["predicted"], "COMBO predicts", "C0")
+    dots(axis, x, found["earned"], "COMBO earns", "k", mfc="w")
     axis.set_xticks(x, ["0: no penalty", *(f"{beta:g}" for beta in found["betas"][1:])])
     axis.set(xlabel="beta, weight of the penalty", ylabel="Q at the model's states")
     axis.legend(fontsize=9)

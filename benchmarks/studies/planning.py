@@ -1,12 +1,14 @@
-"""What a plan costs: Diffuser's seconds for each environment step, and the score that they buy.
+"""The cost of Diffuser's plans: milliseconds for each environment step, and the score.
 
     python -m benchmarks.studies.planning runs/diffuser/... runs/diffuser/...
 
-measures the exact planner and faster ones (DDIM with fewer steps, several actions of a plan, a warm
-start from the plan before) on each run's first seed, into planning.json in benchmarks/results; rows
-of other datasets stay there. With --no-scores only the times, which want an otherwise idle machine;
-what the same run scored before is kept.
-Of runs in a maze it also draws plans.png: plans, and the ways then walked.
+Measures the exact planner and faster variants (DDIM with fewer steps, several actions of a plan, a
+warm start from the last plan) on the first seed of each run. Writes planning.json to
+benchmarks/results, where rows of other datasets stay. For runs in a maze it also draws plans.png:
+plans, and the paths that followed.
+
+With --no-scores it measures only times, which need an otherwise idle machine, and keeps earlier
+scores of the same run.
 """
 
 import json
@@ -26,7 +28,7 @@ from common import datasets, evaluation, experiment
 ROOT = Path(__file__).resolve().parents[2]
 
 EXACT = dict(plan_every=1, ddim_steps=0, warm_start=0, samples=64)
-VARIANTS = {  # the ways to plan towards a high return, and those towards a goal
+VARIANTS = {  # planners for a high return (False) and for a goal (True)
     False: {
         "exact": EXACT,
         "DDIM, 5 steps": EXACT | dict(ddim_steps=5),
@@ -46,23 +48,23 @@ VARIANTS = {  # the ways to plan towards a high return, and those towards a goal
     },
 }
 
-SAME = "command", "commit", "variant"  # of a row whose scores are kept
+SAME = "command", "commit", "variant"  # equal in rows whose scores are kept
 
 
 @dataclass(frozen=True)
 class Config:
     runs: tyro.conf.Positional[tuple[str, ...]]  # run folders of diffuser.py
-    episodes: int = 10  # of each score
-    plans: int = 5  # timed, of which the median counts
-    scores: bool = True  # evaluate, too: slow
-    results: str = str(ROOT / "benchmarks/results")  # where everything goes
+    episodes: int = 10  # for each score
+    plans: int = 5  # plans to time; the median counts
+    scores: bool = True  # also evaluate, which is slow
+    results: str = str(ROOT / "benchmarks/results")  # folder for planning.json and plans.png
 
 
 def seconds(policy, obs, episodes, length, plans):
-    """Median over plans of the time that one environment step of `episodes` takes to plan.
+    """Median seconds to make a plan for `episodes` episodes at once.
 
-    length: environment steps that a plan serves; the first plan, made from nothing, does not count
-    unless it is the only one.
+    length: environment steps that a plan serves, which are all called; 0: a plan serves the whole
+    episode. The first plan of an episode is not timed unless it is the only one.
     """
     inputs = jnp.asarray(obs[None, :episodes]), jnp.zeros((1, episodes))
     key, times = jax.random.key(0), []
@@ -78,12 +80,12 @@ def seconds(policy, obs, episodes, length, plans):
 
 
 def straight(carry, obs, reward, key):
-    """What remains of Diffuser in a maze without its plan: the law that tracks it, on the goal."""
+    """Diffuser's controller in a maze without a plan: it tracks the goal itself."""
     return (obs[..., 4:6] - obs[..., :2]) + (0 - obs[..., 2:4]), 0
 
 
 def measure(run, cfg, known):
-    """Rows of the table for one run; known: rows of an earlier time, for their scores."""
+    """Rows of the table for one run. known: earlier rows, whose scores can be kept."""
     module, own, state = evaluation.load(run)
     data = datasets.load(own.env, own.env_id)
     limit = evaluation.make(data.env_id).spec.max_episode_steps
@@ -111,7 +113,7 @@ def measure(run, cfg, known):
 
 
 def walk(policy, env_id, episodes):
-    """Plans (E, H, 2) of x and y, made at the start, and the ways walked, a list of (T, 2)."""
+    """Plans made at the start (E, H, channels), and the paths that followed (E, T, 2)."""
     plans, ways = [], []
 
     def watched(carry, obs, reward, key):
@@ -125,7 +127,7 @@ def walk(policy, env_id, episodes):
 
 
 def plot(run, path):
-    """Six episodes in a maze: what was planned, and where the point then went."""
+    """Draws six episodes in a maze: plans and the paths that followed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -146,8 +148,8 @@ def plot(run, path):
                 if cell == 1:
                     x, y = maze.cell_rowcol_to_xy(np.array([i, j]))
                     axis.add_patch(pyplot.Rectangle((x - 0.5, y - 0.5), 1, 1, color="0.85"))
-        axis.plot(*walked.T, color="C1", lw=2.5, label="walked")
-        axis.plot(*planned.T, color="C0", lw=0, marker=".", ms=4, label="planned")
+        axis.plot(*walked.T, color="C1", lw=2.5, label="path")
+        axis.plot(*planned.T, color="C0", lw=0, marker=".", ms=4, label="plan")
         axis.plot(*walked[0], "ko", ms=6, label="start")
         axis.plot(*data.obs[0, 4:6], "r*", ms=13, label="goal")
         axis.set(xticks=[], yticks=[])

@@ -1,15 +1,16 @@
-"""Stitching: who goes from A to C, where the data go from A to B and from B to C alone?
+"""Stitching: which methods combine parts of two episodes into a better one?
 
-A point in the plane moves by at most 0.25 a step. The data hold three kinds of paths alone:
+A point in the plane moves by at most 0.25 a step along each axis. The data hold three kinds of
+paths:
 
-    F <- A -> B -> D     those from A end at F, which pays 5, or by B at D, which pays nothing;
-              B -> C     those to C, which pays 10, begin at B.
+    F <- A -> B -> D     from A to F, which pays 5, and from A over B to D, which pays 0;
+              B -> C     from B to C, which pays 10.
 
-The best way from A is by B to C: it is in no episode, but every step of it is in the data. Whoever
-values a state by what can be had from there finds it. Whoever takes an episode for a whole sees
-that from A one gets 5 at best, and goes to F.
+The best path from A leads over B to C. It is in no episode, but each of its steps is in the data. A
+method that learns the value of states finds it. A method that takes episodes as a whole sees at
+most 5 from A and goes to F.
 
-    python -m benchmarks.studies.stitching    # trains all
+    python -m benchmarks.studies.stitching    # trains all methods
 
 Writes stitching.json and stitching.png to benchmarks/results.
 """
@@ -30,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PLACES = {"A": (-1, 0), "B": (0, 0), "C": (1, 1), "D": (1, -1), "F": (-1, -1)}
 PATHS = ("AF", "ABD", "BC")
-PAYS = {"C": 10.0, "F": 5.0, "D": 0.0}  # an episode ends at any of these
-STEP, RADIUS, LIMIT = 0.25, 0.2, 24  # length of a step of action 1, size of a place, time limit
+PAYS = {"C": 10.0, "F": 5.0, "D": 0.0}  # an episode ends at each of these
+STEP, RADIUS, LIMIT = 0.25, 0.2, 24  # length of a step at action 1, radius of a place, time limit
 
 SMALL = dict(batch_size=128, widths=(64, 64))
 TD = SMALL | dict(gamma=0.95)
@@ -42,7 +43,7 @@ DT |= dict(num_updates=1000, eval_every=1000)
 DIFFUSER = dict(horizon=8, diffusion_steps=20, multiples=(1, 2), width=32, lr=1e-3, gamma=0.95)
 DIFFUSER |= dict(guide_scale=3.0, guide_stop=1, samples=16, end_return=0.0, return_scale=10.0)
 DIFFUSER |= dict(num_updates=2000, eval_every=2000, ddim_steps=10, plan_every=2)
-RUNS = {  # who: (file, settings)
+RUNS = {  # method: (file, settings)
     "BC": ("bc", SMALL),
     "%BC, best half": ("bc", SMALL | dict(fraction=0.5)),
     "DT, asked for 10": ("dt", DT),
@@ -57,15 +58,15 @@ RUNS = {  # who: (file, settings)
 
 @dataclass(frozen=True)
 class Config:
-    updates: int = 8000  # gradient steps, where RUNS does not say
-    seeds: int = 3  # of each algorithm, trained together
-    episodes: int = 20  # from A, of each seed
-    seed: int = 0  # first seed; of the data, too
-    results: str = str(ROOT / "benchmarks/results")  # where everything goes
+    updates: int = 8000  # gradient steps, unless RUNS says otherwise
+    seeds: int = 3  # of each method, trained together
+    episodes: int = 20  # from A, for each seed
+    seed: int = 0  # first seed, also of the data
+    results: str = str(ROOT / "benchmarks/results")  # folder for stitching.json and stitching.png
 
 
 def move(position, action):
-    """One step of the world from positions (..., 2): the next ones, what they pay, and the end."""
+    """One step from positions (..., 2): next positions, rewards (...), ends (...)."""
     position = position + STEP * np.clip(action, -1, 1)
     reached = {p: np.linalg.norm(position - PLACES[p], axis=-1) < RADIUS for p in PAYS}
     pays = sum(PAYS[p] * reached[p] for p in PAYS)
@@ -73,7 +74,7 @@ def move(position, action):
 
 
 def walk(rng, path):
-    """One noisy episode along the places of `path`: rows (obs, action, reward, next_obs, done)."""
+    """A noisy episode along the places of `path`: rows (obs, action, reward, next_obs, done)."""
     obs, rows, ahead = np.float32(PLACES[path[0]] + rng.normal(0, 0.05, 2)), [], list(path[1:])
     while True:
         if len(ahead) > 1 and np.linalg.norm(obs - PLACES[ahead[0]]) < RADIUS:
@@ -89,7 +90,7 @@ def walk(rng, path):
 
 
 def dataset(seed=0, episodes=600):
-    """As many episodes of each of PATHS, as a datasets.Dataset."""
+    """A Dataset with equally many episodes along each of PATHS."""
     rng = np.random.default_rng(seed)
     walks = [walk(rng, PATHS[i % len(PATHS)]) for i in range(episodes)]
     length = np.array([len(rows) for rows in walks])
@@ -99,13 +100,13 @@ def dataset(seed=0, episodes=600):
 
 
 def ended(obs, action, next_obs):
-    """Where the world ends an episode, for COMBO's rollouts: (..., 2) -> bool (...)."""
+    """The termination function for COMBO's rollouts: next_obs (..., 2) -> bool (...)."""
     places = jnp.array([PLACES[p] for p in PAYS], jnp.float32)
     return (jnp.linalg.norm(next_obs[..., None, :] - places, axis=-1) < RADIUS).any(-1)
 
 
 def train(who, data, cfg):
-    """(policy, states of all seeds) of one of RUNS, as the file's own main trains it."""
+    """(policy, states of all seeds) of a method of RUNS, trained as by its file's `train`."""
     name, settings = RUNS[who]
     module = experiment.module(name)
     sizes = dict(seed=cfg.seed, num_seeds=cfg.seeds, num_updates=cfg.updates)
@@ -128,7 +129,7 @@ def train(who, data, cfg):
 
 
 def episodes_from_a(act, state, cfg):
-    """Positions (LIMIT + 1, S, E, 2), still after the end, and returns (S, E) of each policy."""
+    """Positions (LIMIT + 1, S, E, 2), which stay after the end, and returns (S, E)."""
     rng, act = np.random.default_rng(cfg.seed), jax.jit(partial(act, state))
     shape = cfg.seeds, cfg.episodes
     obs = np.float32(PLACES["A"] + rng.normal(0, 0.05, (*shape, 2)))
@@ -144,7 +145,10 @@ def episodes_from_a(act, state, cfg):
 
 
 def plot(data, paths, path):
-    """The data, then a panel for each policy with its ways from A."""
+    """Draws the data, then a panel for each method with its paths from A.
+
+    paths: {title: positions (episodes, LIMIT + 1, 2)}.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,11 +1,10 @@
-"""Does the Decision Transformer obey? The return that it achieves against the return asked for.
+"""Does the Decision Transformer reach the return it is conditioned on?
 
     python -m benchmarks.studies.targets runs/dt/... runs/dt/...
 
-Writes targets.json and targets.png to benchmarks/results.
-
-Returns from the data's worst to a fifth beyond its best, each of ten episodes of a run's first
-seed, on the environment seeds of every evaluation.
+The first seed of each run acts ten episodes for each target return, from the worst return in the
+data to a fifth of the range above the best. Writes targets.json and targets.png to
+benchmarks/results.
 """
 
 import json
@@ -26,13 +25,13 @@ ROOT = Path(__file__).resolve().parents[2]
 @dataclass(frozen=True)
 class Config:
     runs: tyro.conf.Positional[tuple[str, ...]]  # run folders of dt.py
-    targets: int = 7  # returns asked for, evenly spread
-    episodes: int = 10  # for each
-    results: str = str(ROOT / "benchmarks/results")  # where everything goes
+    targets: int = 7  # number of target returns, evenly spread
+    episodes: int = 10  # for each target
+    results: str = str(ROOT / "benchmarks/results")  # folder for targets.json and targets.png
 
 
 def measure(run, cfg):
-    """What a run's first seed was asked for, and achieved, as plain data."""
+    """Target returns and achieved returns of a run's first seed, as plain data."""
     module, own, state = evaluation.load(run)
     data = datasets.load(own.env, own.env_id)
     worst, best = data.returns().min(), data.returns().max()
@@ -53,7 +52,7 @@ def measure(run, cfg):
 
 
 def plot(rows, path):
-    """A panel for each dataset: every episode, the mean, and what obedience would be."""
+    """Draws a panel for each dataset: every episode, the mean, and achieved = target."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -62,16 +61,15 @@ def plot(rows, path):
     figure, axes = pyplot.subplots(1, len(rows), figsize=(4.6 * len(rows), 4.2), squeeze=False)
     for axis, row in zip(axes[0], rows, strict=True):
         asked, achieved = np.array(row["asked"]), np.array(row["achieved"])
-        axis.axvspan(
-            *np.array(row["data_returns"])[[0, 4]], color="0.94", label="returns in the data"
-        )
-        axis.axvspan(*np.array(row["data_returns"])[[1, 3]], color="0.85", label="half of them")
-        axis.plot(asked, asked, color="0.3", ls="--", lw=1.2, label="achieved = asked")
+        spans = np.array(row["data_returns"])  # quartiles
+        axis.axvspan(spans[0], spans[4], color="0.94", label="returns in the data")
+        axis.axvspan(spans[1], spans[3], color="0.85", label="middle half of them")
+        axis.plot(asked, asked, color="0.3", ls="--", lw=1.2, label="achieved = target")
         axis.scatter(np.repeat(asked, achieved.shape[1]), achieved.ravel(), s=8, alpha=0.4)
         axis.plot(asked, achieved.mean(1), lw=2, label="mean of the episodes")
-        axis.set(title=row["dataset"], xlabel="return asked for")
+        axis.set(title=row["dataset"], xlabel="target return")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_ylabel("return achieved")
+    axes[0, 0].set_ylabel("achieved return")
     axes[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -82,7 +80,7 @@ def main(cfg: Config):
     rows = [measure(run, cfg) for run in cfg.runs]
     for row in rows:
         for asked, achieved in zip(row["asked"], row["achieved"], strict=True):
-            print(f"{row['dataset']}: asked {asked:.0f}, achieved {np.mean(achieved):.0f}")
+            print(f"{row['dataset']}: target {asked:.0f}, achieved {np.mean(achieved):.0f}")
     results = Path(cfg.results)
     results.mkdir(parents=True, exist_ok=True)
     record = experiment.machine() | {"rows": rows}

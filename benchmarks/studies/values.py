@@ -1,14 +1,14 @@
-"""Is Q conservative? The critic's value of a run's policy against the return that it truly earns.
+"""Is Q conservative? The return that the critics predict against the return that the policy earns.
 
-States are drawn from the data; from each, the simulator is set to that state, takes the data's
-action or the policy's, and then follows the policy. Q(s, a) is the smaller of the run's critics':
+    python -m benchmarks.studies.values runs/cql/... runs/combo/...
+
+The simulator starts at states drawn from the data, takes the data's action or the policy's, and
+then follows the policy. Q(s, a) is the smaller of the run's two critics:
 
     q_data, q_pi        mean Q at the data's actions and at the policy's
-    true_data, true_pi  mean discounted return from there, Monte Carlo in the simulator
+    true_data, true_pi  mean discounted return from there, by Monte Carlo in the simulator
 
-A lower bound has q_pi <= true_pi.
-
-Run: python -m benchmarks.studies.values runs/cql/... runs/combo/...
+A lower bound has q_pi <= true_pi. Writes benchmarks/results/values.json.
 """
 
 import json
@@ -32,19 +32,22 @@ class Config:
     runs: tyro.conf.Positional[tuple[str, ...]]  # run folders of actor-critic algorithms
     num_states: int = 200  # states drawn from the data
     horizon: int = 500  # steps of a return; 0.99^500 = 0.007
-    seed: int = 0  # of the states and of the policy's samples
-    out: str = str(ROOT / "benchmarks/results/values.json")
+    seed: int = 0  # of the drawn states and of the policy's samples
+    out: str = str(ROOT / "benchmarks/results/values.json")  # file to write
 
 
 def place(env, obs):
-    """Sets a Hopper, Walker2d or HalfCheetah to the state that `obs` shows, at x = 0."""
+    """Sets a Hopper, Walker2d or HalfCheetah to the state of obs (D,), at x = 0."""
     num_q = env.unwrapped.model.nq
     env.reset()
     env.unwrapped.set_state(np.r_[0.0, obs[: num_q - 1]], np.asarray(obs[num_q - 1 :], float))
 
 
 def true_returns(envs, policy, obs, action, key, gamma, horizon):
-    """Discounted returns of `action` (n, A) at `obs` (n, D), then the policy; shape (n,)."""
+    """Discounted returns (n,) of action (n, A) at obs (n, D), followed by the policy.
+
+    policy: (obs (n, D), key) -> action (n, A).
+    """
     for env, o in zip(envs, obs, strict=True):
         place(env, o)
     obs, total, alive = np.array(obs), np.zeros(len(obs)), list(range(len(obs)))
@@ -59,7 +62,7 @@ def true_returns(envs, policy, obs, action, key, gamma, horizon):
 
 
 def measure(run, cfg):
-    """The four numbers for the first seed of a run."""
+    """The row of results for the first seed of a run."""
     module, own, state = evaluation.load(run)
     state = jax.tree.map(lambda x: x[0], state)
     data = datasets.load(own.env, own.env_id)

@@ -178,19 +178,19 @@ def test_awacs_fixed_point_goes_from_the_behaviour_to_the_best_in_the_data():
 
 def naive_holds(found):
     sac, cql = ({k: np.array(v["mean"]) for k, v in found[w].items()} for w in ("SAC", "CQL"))
-    gap = sac["believed"] - sac["true"]
-    assert np.all(np.diff(sac["believed"]) > 0)  # it believes in more and more
-    assert np.all(np.array(found["SAC"]["believed"]["least"]) > found["SAC"]["true"]["most"])
+    gap = sac["predicted"] - sac["earned"]
+    assert np.all(np.diff(sac["predicted"]) > 0)  # it predicts more and more
+    assert np.all(np.array(found["SAC"]["predicted"]["lowest"]) > found["SAC"]["earned"]["highest"])
     assert gap[-1] > gap[0] + 10
-    assert sac["believed"][-1] > found["best possible"]  # in more than there is
+    assert sac["predicted"][-1] > found["best possible"]  # more than there is
     assert sac["beyond"][-1] > 0.8 > 0.2 > cql["beyond"][-1]
     a, made_up = np.array(found["actions"]), sac["error of one step"]
     seen = (a > -0.65) & (a < 0.25)
     assert np.abs(made_up[seen]).max() < 1.5 < 2 < made_up[-1]  # it begins where nobody was ...
     assert sac["error"][seen].min() > 10  # ... and spreads to all actions by the backups
     assert cql["error of one step"][-1] < -1
-    assert cql["believed"][-1] < cql["true"][-1]
-    assert cql["true"][-1] > sac["true"][-1] + 10
+    assert cql["predicted"][-1] < cql["earned"][-1]
+    assert cql["earned"][-1] > sac["earned"][-1] + 10
 
 
 def cql_holds(found):
@@ -225,18 +225,18 @@ def awac_holds(found, atol=0.04):
     np.testing.assert_allclose(v[0], found["behaviour"], atol=atol)
     np.testing.assert_allclose(v[-1], found["best in the data"], atol=atol)
     assert np.all(np.diff(v) > -0.01) and v[-1] > v[0] + 0.4
-    assert np.all(np.array(found["V"]["most"]) < found["best in the data"] + 0.02)
+    assert np.all(np.array(found["V"]["highest"]) < found["best in the data"] + 0.02)
 
 
 def combo_holds(found):
     """From beta = 1 on; 0.5 is too weak against a model that promises so much."""
-    believed, true = (np.array(found[k]["mean"]) for k in ("believed", "true"))
+    predicted, earned = (np.array(found[k]["mean"]) for k in ("predicted", "earned"))
     strong = np.array(found["betas"]) >= 1
-    assert np.all(np.array(found["believed"]["most"])[strong] < found["believed"]["least"][0])
-    assert np.all(np.diff(believed[strong]) < 0)  # the stronger the penalty the lower
-    assert believed[0] > true[0] + 5
-    assert np.all(believed[strong] < true[strong])
-    assert np.all(true[strong] > true[0] + 5)  # and it pays
+    assert np.all(np.array(found["predicted"]["highest"])[strong] < found["predicted"]["lowest"][0])
+    assert np.all(np.diff(predicted[strong]) < 0)  # the stronger the penalty the lower
+    assert predicted[0] > earned[0] + 5
+    assert np.all(predicted[strong] < earned[strong])
+    assert np.all(earned[strong] > earned[0] + 5)  # and it pays
 
 
 def bc_holds(found, atol=0.03):
