@@ -8,7 +8,7 @@ stands between the metrics and the checkpoint, or writes the checkpoint. It is r
 --resume and killed again, once for each of these phases, in random order; a kill while compiling
 follows each of the others at once, so that nothing was saved in between. Then it may finish. Equal
 bits: metrics.csv but for the timing columns, returns.json, and the weights, the optimisers and all
-else in checkpoint/state.msgpack. To benchmarks/results/resume.json; `table` is its Markdown.
+else in checkpoint/state.msgpack. To benchmarks/results/resume.json.
 """
 
 import json
@@ -205,18 +205,6 @@ def shake(algorithm, kills, folder):
     return row | {"runs": trials, "runs_with_equal_bits": same}
 
 
-def table(rows):
-    """The results as Markdown."""
-    names = list(PHASES.values())
-    lines = [f"| algorithm | {' | '.join(names)} | twice in a row | runs with equal bits |"]
-    lines.append("|---" * (len(names) + 3) + "|")
-    for row in rows:
-        hits = " | ".join(str(row["phases"].get(name, 0)) for name in names)
-        same = f"{row['runs_with_equal_bits']} of {row['runs']}"
-        lines.append(f"| {row['algorithm']} | {hits} | {row['twice_in_a_row']} | {same} |")
-    return "\n".join(lines) + "\n"
-
-
 def main(cfg: Config):
     random.seed(cfg.seed)
     rows = []
@@ -225,7 +213,6 @@ def main(cfg: Config):
             rows.append(shake(algorithm, cfg.kills, Path(folder)))
         facts = {"seed": cfg.seed, **experiment.machine()}
         Path(cfg.results).write_text(json.dumps({"rows": rows, **facts}, indent=1) + "\n", "utf-8")
-    print(table(rows))
     if any(row["runs"] != row["runs_with_equal_bits"] for row in rows):
         raise SystemExit("resumed runs differ")
 
