@@ -9,11 +9,12 @@
         run.save(step, state)
     run.finish()
 
-`read`, `read_returns`, `restore` and `last_step` read a run folder; `statistics` summarises
-scores over seeds. To use a trained policy in your own code: `evaluation.load_policy`.
+`read`, `read_returns`, `restore` and `last_step` read a run folder; `statistics` summarises scores
+over seeds. `files`, `plots` and `runtime` serve the other two packages as well: safe reading and
+writing, figures, the machine. To use a trained policy in your own code: `evaluation.load_policy`.
 """
 
-from common.experiment import statistics
+from common.experiment import files, plots, runtime, statistics
 from common.experiment.checkpoint import RunError
 from common.experiment.config import read, resolve
 from common.experiment.files import UserError, printable
@@ -27,13 +28,16 @@ __all__ = [
     "Run",
     "RunError",
     "UserError",
+    "files",
     "last_step",
     "machine",
     "module",
+    "plots",
     "printable",
     "read",
     "read_returns",
     "resolve",
     "restore",
+    "runtime",
     "statistics",
 ]

@@ -31,7 +31,7 @@ from rich.console import Console
 
 from common import datasets, evaluation, experiment
 from common.datasets import __main__ as described
-from common.datasets import cache, readers, sources
+from common.datasets import cache, checked, downloads, readers, sources
 from common.evaluation import __main__ as command
 from common.experiment import checkpoint, files, folders, plots, progress, runtime
 
@@ -232,8 +232,8 @@ def at_once(raw):
     return lambda client, over: client.sendall(raw)
 
 
-CHUNK = b"8\r\n" + sources.MAGIC + b"\r\n"
-BODY = b"HTTP/1.1 %s\r\nContent-Length: 40\r\n\r\n" + sources.MAGIC + bytes(32)
+CHUNK = b"8\r\n" + checked.MAGIC + b"\r\n"
+BODY = b"HTTP/1.1 %s\r\nContent-Length: 40\r\n\r\n" + checked.MAGIC + bytes(32)
 PEERS = {
     "a header that never ends": (drip(b"HTTP/1.1 200 OK\r\nX: ", b"a"), "1,024 bytes a second"),
     "headers for ever": (drip(b"HTTP/1.1 200 OK\r\n", b"", 5), "1,024 bytes a second"),
@@ -249,7 +249,7 @@ PEERS = {
 
 @pytest.fixture
 def peer(monkeypatch, tmp_path):
-    """Lets sources.download talk to an answer of PEERS."""
+    """Lets downloads.download talk to an answer of PEERS."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         over, box = threading.Event(), {}
 
@@ -268,7 +268,7 @@ def peer(monkeypatch, tmp_path):
         address = f"http://127.0.0.1:{server.getsockname()[1]}/"
         monkeypatch.setattr(sources, "D4RL_HOST", address)
         monkeypatch.setattr(sources, "D4RL_MIRROR", address)
-        monkeypatch.setattr(sources, "STALL", 0.4)
+        monkeypatch.setattr(downloads, "STALL", 0.4)
         monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
         monkeypatch.setenv("HOME", str(tmp_path))
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -745,7 +745,7 @@ def test_a_user_without_a_home(homeless, kept, monkeypatch):
         config = SimpleNamespace(jax_compilation_cache_dir=None, update=None)
         patch.setattr(runtime, "jax", SimpleNamespace(config=config))
         runtime.keep_programs()
-    monkeypatch.setattr(sources, "probe", lambda urls: dict.fromkeys(urls, "no network"))
+    monkeypatch.setattr(downloads, "probe", lambda urls: dict.fromkeys(urls, "no network"))
     with pytest.raises(datasets.DatasetError, match="no network"):
         datasets.load("hopper-medium-v2")
     assert not (homeless / "~").exists()
@@ -758,7 +758,7 @@ def test_proxies_that_are_none(monkeypatch, tmp_path, proxy):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(sources, "D4RL_HOST", "http://127.0.0.1:9/")
     monkeypatch.setattr(sources, "D4RL_MIRROR", "https://127.0.0.1:9/")
-    monkeypatch.setattr(sources, "PATIENCE", 1.0)
+    monkeypatch.setattr(downloads, "PATIENCE", 1.0)
     with pytest.raises(datasets.DatasetError, match="hopper_medium-v2.hdf5: ") as error:
         datasets.load("hopper-medium-v2")
     assert "\x1b" not in str(error.value)
