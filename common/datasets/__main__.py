@@ -111,6 +111,7 @@ def main(name: tyro.conf.Positional[str], env_id: str = "", plot: Path | None = 
         plot: .png file to draw histograms of returns, lengths, rewards and actions to
     """
     runtime.open_streams()
+    runtime.end_at_interrupt()
     data = datasets.load(name, env_id)
     show(data)
     if plot:

@@ -31,6 +31,7 @@ def main(
         seed: the seed to film or export, counted from 0
     """
     runtime.open_streams()
+    runtime.end_at_interrupt()
     run = Path(os.path.expanduser(run))
     if episodes < 0:
         raise evaluation.EvaluationError(f"--episodes {episodes}: must be at least 0.")

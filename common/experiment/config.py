@@ -45,6 +45,8 @@ def resolve(cfg, tuned=None, dataset=None):
         raise RunError("--resume '': needs a run folder.")
     runtime.last_words = f"{cfg.resume} is as it was." if cfg.resume else "Nothing is saved yet."
     runtime.open_streams()
+    if dataset is None:  # called by a command, not by a notebook
+        runtime.end_at_interrupt()
     cfg = _resumed(cfg) if cfg.resume else cfg
     if dataset is not None:
         cfg = dataclasses.replace(cfg, env=dataset.name)

@@ -26,18 +26,19 @@ ROOM = 2**28  # bytes that a disk must have left for compiled programs
 last_words = ""  # what Ctrl-C outside of a run's steps adds to "Stopped."
 
 
-def _excepthook(kind, error, trace, before=sys.excepthook):
-    """Ends a command at Ctrl-C with one sentence and exit code 130."""
+def end_at_interrupt():
+    """From now on, Ctrl-C ends this command with one sentence and exit code 130."""
+    sys.excepthook = _excepthook
+
+
+def _excepthook(kind, error, trace):
     if not issubclass(kind, KeyboardInterrupt):
-        return before(kind, error, trace)
+        return sys.__excepthook__(kind, error, trace)
     atexit._run_exitfuncs()  # a progress bar shows the cursor again
     with suppress(OSError, ValueError, AttributeError):
         print(f"Stopped. {last_words}".rstrip(), file=sys.stderr)
         sys.stdout.flush()
     os._exit(130)
-
-
-sys.excepthook = _excepthook
 
 
 def open_streams():
