@@ -2,6 +2,7 @@
 
 import atexit
 import hashlib
+import importlib
 import io
 import os
 import platform
@@ -56,6 +57,23 @@ def give_up_stdout(error):
         print(f"Cannot write to stdout ({error}); nothing more is shown.", file=sys.stderr)
     with suppress(OSError, ValueError, AttributeError):  # what is buffered goes there, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def import_own(name):
+    """Imports a module of the user's, found from the working directory too: it runs their code.
+
+    name: as in `import`, or a .py file; "": nothing. Raises RunError if it cannot be imported.
+    """
+    if not name or name in sys.modules:
+        return
+    path = Path(os.path.expanduser(name))
+    folder, name = (path.parent, path.stem) if path.suffix == ".py" else (Path(), name)
+    if (folder := str(folder.resolve())) not in sys.path:
+        sys.path.append(folder)
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # the user's code may raise anything
+        raise RunError(f"--env-module {name}: {type(error).__name__}: {error}.") from error
 
 
 def check_device():
