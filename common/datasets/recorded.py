@@ -18,11 +18,12 @@ HARMLESS = {  # wrappers that change neither observations nor actions nor reward
 
 
 def environment(source, metadata):
-    """(evaluation.Env, notes): the environment to score on, and what a reader must know of it.
+    """(evaluation.Env, action bounds, notes): the environment, as a reader must know it.
 
     It is the one that the user asked for, else the evaluation environment that Minari's metadata
     tell, else the one that they were recorded in. Actions are in the units that the metadata tell.
-    Env.env_id is "" if there is none or it cannot be honoured, which a note says.
+    Env.env_id is "" if there is none or it cannot be honoured, which a note says. The bounds are
+    those of the environment itself, which a wrapper's may differ from.
     """
     own, wrappers, why = read_spec(metadata)
     low, high = action_bounds(metadata)
@@ -47,10 +48,12 @@ def environment(source, metadata):
         env = evaluation.Env()
     elif " " in env.env_id and not asked:
         notes.append(f"is scored on {env.env_id}, as its metadata say")
+    bounds = env.low, env.high
     if low is not None and (rescaled or not env.env_id):
         env = env._replace(low=low, high=high)
+        bounds = bounds if env.env_id else (low, high)
     env = env._replace(limit=env.limit or source.limit, clip="ClipAction" in wrappers)
-    return env, notes
+    return env, bounds, notes
 
 
 def read_spec(metadata):

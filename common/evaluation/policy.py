@@ -91,8 +91,9 @@ def load_policy(run, seed_index=0, units="unit"):
     """The Policy of one seed of a run: `action = policy(obs)`; `policy.reset()` begins an episode.
 
     run: its folder; seed_index: counted from 0, whatever the run's first seed. units: "unit" for
-    actions in [-1, 1], "environment" for actions in the units of the data, as the environment takes
-    them. Raises RunError, and EvaluationError for a seed that the run does not have.
+    actions in [-1, 1], "environment" for actions between the environment's own bounds, or those of
+    the data if they have no environment. Raises RunError, and EvaluationError for a seed that the
+    run does not have.
     """
     if units not in ("unit", "environment"):
         raise ValueError(f'units {units!r}: must be "unit" or "environment".')
@@ -105,7 +106,7 @@ def load_policy(run, seed_index=0, units="unit"):
 
 
 def action_bounds(info):
-    """(low, high), each (A,) or (1,), of the actions of a run's data; info: of experiment.read."""
+    """(low, high), each (A,) or (1,), of the environment of a run; info: of experiment.read."""
     data = info["dataset"]
     try:
         low, high = (np.array(data[f"action_{end}"], np.float32) for end in ("low", "high"))
