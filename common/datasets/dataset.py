@@ -70,15 +70,15 @@ class Dataset:
         """All rows.
 
         scale_reward: multiply rewards by 1000 / (best - worst episode return), as the authors of
-        IQL do. They stay as they are, which a line on stderr says, if returns differ by less than
-        1 % or the rows are not in order.
+        IQL do. If returns differ by less than 1 % or the rows are not in order, rewards are not
+        scaled and a line on stderr says so.
         """
         reward = self.reward
         if scale_reward:
             returns, why = self.returns(), ""
             spread = float(np.ptp(returns))
             if not self.provenance.get("ordered", True):
-                why = "rows are not in order, so that no episode's return is known"
+                why = "rows are not in order, so the returns of episodes are unknown"
             elif spread <= 0.01 * np.abs(returns).max():
                 why = f"returns only go from {returns.min():g} to {returns.max():g}"
             else:

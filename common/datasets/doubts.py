@@ -1,18 +1,21 @@
-"""Doubts about where episodes end in flat arrays: warnings with figures and what to do."""
+"""Checks of where episodes end in flat arrays: warnings with figures and a remedy."""
 
 import json
 
 import numpy as np
 
 ORDER = (
-    "Write one episode after another: returns, scaled rewards and models of sequences need that, "
-    "and so does next_obs where next_observations are missing."
+    "Write one episode after another: returns, scaled rewards and sequence models need that, and "
+    "so does next_obs if next_observations are missing."
 )
 
 
 def of_jumps(unmarked, rows, marked):
-    """(warnings, whether the rows are in order): `unmarked` of `rows` rows are followed by another
-    observation than their next_obs, though no flag ends an episode. marked: timeouts are known."""
+    """(warnings, whether the rows are in order), from the gaps between rows.
+
+    unmarked: of `rows` rows, the number whose next_obs is not the next row's obs although no flag
+    ends an episode. marked: whether the file has timeouts.
+    """
     told = f"after {unmarked:,} of {rows:,} rows next_observations differ from the next row's"
     if unmarked > rows / 2 and rows >= 20:
         return [
@@ -25,10 +28,12 @@ def of_jumps(unmarked, rows, marked):
 
 
 def of_order(obs, end):
-    """(warnings, whether the rows are in order): a row should resemble the next one.
+    """(warnings, whether the rows are in order), from the resemblance of a row to the next one.
 
-    Measured by the correlation of the column that tells most: above 0.9 in MuJoCo's tasks, 0 for
-    shuffled rows; with the rows of m environments in turn it is high m rows on.
+    The largest correlation of a column is above 0.9 in MuJoCo's tasks and about 0 for shuffled
+    rows. If m environments took turns, it is high between rows that are m apart.
+
+    obs: (N, D). end: (N,) bool, last row of an episode.
     """
     if len(obs) < 200:
         return [], True
@@ -48,7 +53,7 @@ def of_order(obs, end):
 
 
 def resemblance(obs, rows, lag):
-    """The largest correlation of a column between `rows` (N,) bool and those `lag` rows on."""
+    """The largest correlation of a column of obs between `rows` (N,) bool and `lag` rows later."""
     rows = np.flatnonzero(rows[: len(obs) - lag])
     rows = rows[:: max(1, len(rows) // 5000)]
     mean, std = obs.mean(0), obs.std(0)
@@ -58,7 +63,7 @@ def resemblance(obs, rows, lag):
 
 
 def of_lengths(end, env):
-    """Warnings about episodes longer than the environment's limit, or without any end."""
+    """Warnings about episodes that are longer than the environment's limit or never end."""
     length = np.diff(np.flatnonzero(np.r_[True, end]))
     longest, many = length.max(), int((length > env.limit).sum())
     if env.limit and many:

@@ -39,14 +39,14 @@ def load(name: str, env_id: str = "") -> Dataset:
 def from_arrays(
     obs, action, reward, done, timeout=None, next_obs=None, env_id="", name="arrays"
 ) -> Dataset:
-    """A Dataset of arrays in memory, checked by the code that checks files.
+    """A Dataset of arrays in memory, with the same checks as for files.
 
-    Rows stand in the order of their recording, one episode after another.
+    Rows are in the order of recording, one episode after another.
 
-    obs: (N, D). action: (N, A) within the bounds of `env_id`, without one in [-1, 1]. reward: (N,).
-    done: (N,), 1 at true terminals. timeout: (N,), 1 at time limits. next_obs: (N, D). Without
-    timeout and next_obs, episodes are cut at the time limit of `env_id`, the Gymnasium id to score
-    on. name: goes into run folders. Raises DatasetError.
+    obs: (N, D). action: (N, A) within the bounds of `env_id`, or in [-1, 1] without an env_id.
+    reward: (N,). done: (N,), 1 at true terminals. timeout: (N,), 1 at time limits. next_obs:
+    (N, D). Without timeout and next_obs, episodes are cut at the time limit of `env_id`.
+    env_id: Gymnasium id to score on. name: used for run folders. Raises DatasetError.
     """
     fields = dict(
         obs=obs, action=action, reward=reward, done=done, timeout=timeout, next_obs=next_obs
@@ -58,7 +58,7 @@ def from_arrays(
 
 
 def _dataset(name, arrays, facts, source, origin, metadata, env, bounds, notes):
-    """The Dataset of checked arrays; prints its notes."""
+    """The Dataset of checked arrays and facts; prints its notes."""
     for note in (notes := [*notes, *facts["notes"]]):
         print(printable(f"{name}: {note}"), file=sys.stderr)
     kept = ("algorithm_name", "author", "description", "minari_version", "stillwater")
@@ -96,7 +96,7 @@ def read(file, source, env=None):
     if dropped or stand_in:
         notes.append(f"no next_observations: {dropped:,} last rows of episodes are left out, "
                      f"{stand_in:,} terminal rows have obs in place of next_obs")  # fmt: skip
-    if source.layout != "D4RL":  # published files are what they are
+    if source.layout != "D4RL":  # published files are used as they are
         notes += file.notes
     return arrays, {
         "file": str(source.path), "layout": source.layout, "ordered": file.ordered,
@@ -110,8 +110,9 @@ def reference(source, metadata, env_id):
     told = source.ref or tuple(metadata.get(f"ref_{k}_score") for k in ("min", "max"))
     if all(type(r) in (int, float) for r in told) and -1e300 < told[0] < told[1] < 1e300:
         return float(told[0]), float(told[1])
-    known = REFERENCE.get(env_id.rpartition("-")[0], (None, None))
-    return (None, None) if " " in env_id else known  # they hold without options alone
+    if " " in env_id:  # with options the environment is another one
+        return None, None
+    return REFERENCE.get(env_id.rpartition("-")[0], (None, None))
 
 
 def flatten(rows: readers.Rows, env):

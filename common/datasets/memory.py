@@ -29,7 +29,7 @@ class Arrays(CheckedFile):
                     raise self.refusal(stored, str(error)) from None
 
     def sha256(self):
-        """Of names, shapes, dtypes and numbers: a resumed run needs the same arrays."""
+        """The SHA-256 of names, shapes, dtypes and values; a resumed run compares it."""
         digest = hashlib.sha256()
         for name, x in self._arrays.items():
             digest.update(f"{name} {x.dtype.str} {x.shape} ".encode())

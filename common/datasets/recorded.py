@@ -1,7 +1,7 @@
-"""The environment that data were recorded in, as far as names and metadata tell it.
+"""The environment that data were recorded in, from names and metadata.
 
-Of metadata only plain values are used: the id of a registered environment, its options, its time
-limit, the bounds of its actions. Nothing in it is run or imported.
+Only plain values of the metadata are used: the id of a registered environment, its options, its
+time limit, the bounds of its actions. No code in the metadata is run or imported.
 """
 
 import json
@@ -18,12 +18,13 @@ HARMLESS = {  # wrappers that change neither observations nor actions nor reward
 
 
 def environment(source, metadata):
-    """(evaluation.Env, action bounds, notes): the environment, as a reader must know it.
+    """(the evaluation.Env to score on, its own action bounds, notes for the user).
 
-    It is the one that the user asked for, else the evaluation environment that Minari's metadata
-    tell, else the one that they were recorded in. Actions are in the units that the metadata tell.
-    Env.env_id is "" if there is none or it cannot be honoured, which a note says. The bounds are
-    those of the environment itself, which a wrapper's may differ from.
+    It is the user's choice, `source.env_id`, else the evaluation environment in Minari's metadata,
+    else the environment that the data were recorded in. Actions are in the units that the metadata
+    tell, which a wrapper may have changed: Env's bounds; the environment's own may differ. Without
+    an environment, or if it cannot be reproduced, Env.env_id is "" and a note says why. Raises
+    DatasetError for a choice that contradicts the metadata.
     """
     own, wrappers, why = read_spec(metadata)
     low, high = action_bounds(metadata)
@@ -57,7 +58,7 @@ def environment(source, metadata):
 
 
 def read_spec(metadata):
-    """(environment's name, {wrapper: its arguments}, why it cannot be honoured); "" is none."""
+    """(name of the environment, {wrapper: arguments}, why it cannot be made), "" for none."""
     own = spec_of(metadata.get("env_spec"))
     scored = spec_of(metadata.get("eval_env_spec")) or own
     wrappers = {}
@@ -77,7 +78,7 @@ def read_spec(metadata):
 
 
 def spec_of(value):
-    """An environment's specification in metadata, a dict or JSON text, as a dict."""
+    """A part of the metadata, a dict or its JSON text, as a dict; {} for anything else."""
     try:
         value = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -86,7 +87,7 @@ def spec_of(value):
 
 
 def action_bounds(metadata):
-    """(low, high) (A,) float32 of the metadata's action_space, or (None, None)."""
+    """Bounds (low, high), (A,) float32, of the metadata's action_space, or (None, None)."""
     space = spec_of(metadata.get("action_space"))
     try:
         low, high = (np.asarray(space[key], np.float32).ravel() for key in ("low", "high"))
@@ -97,7 +98,7 @@ def action_bounds(metadata):
 
 
 def differs(env, metadata, low, wrapped):
-    """Why `env` is not the environment that the metadata describe, or ""."""
+    """Why `env` is not the environment that the metadata describe; "" if it is."""
     shape = spec_of(metadata.get("observation_space")).get("shape")
     if isinstance(shape, list) and shape != [env.obs_dim]:
         return f"its observations have shape {shape}, those of {env.env_id} [{env.obs_dim}]"

@@ -25,7 +25,7 @@ GOALS = {"UMaze": (1, 1), "Medium": (6, 6), "Large": (7, 9)}  # (row, column)
 
 
 class EvaluationError(experiment.UserError):
-    """An error of an environment, a film or an export that the user can correct."""
+    """An error with an environment, a film or an export that the user can correct."""
 
 
 class Env(NamedTuple):
@@ -60,8 +60,8 @@ def make(env_id, **kwargs):
 def inspect(env_id) -> Env:
     """The Env of a registered environment: sizes, action bounds, time limit.
 
-    Resets it and makes a step, so that nothing fails only after hours of training. Raises
-    EvaluationError as `make` does, and for whatever the environment raises.
+    Resets the environment and takes one step, so that errors show before training. Raises
+    EvaluationError as `make` does, and for any error of the environment.
     """
     with contextlib.suppress(ImportError):
         import mujoco
@@ -91,7 +91,10 @@ def one_line(error):
 
 
 def named(name, options):
-    """The name of the environment `name` with options, see options.py. ValueError: not plain."""
+    """The name of an environment with options, see options.py.
+
+    Raises ValueError for options that are not plain values.
+    """
     with contextlib.suppress(ImportError):
         register(name)
     return join(name, options)
@@ -104,17 +107,17 @@ def goal_cell(env_id):
 
 
 class FlatGoal(gymnasium.Wrapper):
-    """Dict observations of a goal environment as vectors: (place, observation, goal).
+    """A goal environment whose dict observations become vectors (position, observation, goal).
 
-    The place, `achieved_goal`, is left out where `observation` begins with it.
+    The position, `achieved_goal`, is left out if `observation` begins with it.
     """
 
     def __init__(self, env):
         super().__init__(env)
         obs, _ = env.reset(seed=0)
         place, seen = obs["achieved_goal"], obs["observation"]
-        told = np.array_equal(seen[: len(place)], place)
-        self._names = ("observation", "desired_goal") if told else GOAL_NAMES
+        located = np.array_equal(seen[: len(place)], place)
+        self._names = ("observation", "desired_goal") if located else GOAL_NAMES
         size = sum(len(obs[name]) for name in self._names)
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,))
 
@@ -156,7 +159,7 @@ class FlatMaze(gymnasium.Wrapper):
 
 
 def make_raw(env_id, **kwargs):
-    """An environment with its own action bounds, observations flattened; EvaluationError."""
+    """An environment with its own action bounds and flat observations. Raises EvaluationError."""
     import mujoco  # here, because --video must choose the renderer first
 
     mujoco.set_mju_user_warning(lambda message: None)  # it would write MUJOCO_LOG.TXT
@@ -190,20 +193,20 @@ def make_raw(env_id, **kwargs):
 
 
 def is_vector(space):
-    """Whether a space is that of vectors."""
+    """Whether a space holds vectors."""
     return isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
 
 
 def has_goal(space):
-    """Whether observations are a goal environment's three vectors."""
+    """Whether an observation space is a goal environment's dict of three vectors."""
     parts = getattr(space, "spaces", {})
     return set(parts) == set(GOAL_NAMES) and all(map(is_vector, parts.values()))
 
 
 def register(name):
-    """Registers gymnasium-robotics' environments, mazes among them, for an id that is not known.
+    """Registers the environments of gymnasium-robotics if `name` is a maze or unknown.
 
-    Raises ImportError for a maze if their package is missing.
+    Raises ImportError for a maze if the package is missing.
     """
     is_maze = name.startswith(("PointMaze_", "AntMaze_"))
     if name in gymnasium.registry and not is_maze:

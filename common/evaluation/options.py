@@ -1,9 +1,10 @@
-"""Names of environments: an id of Gymnasium and, behind a space, options as a JSON object.
+"""Names of environments: a Gymnasium id, optionally followed by options as a JSON object.
 
     Hopper-v5
     Hopper-v5 {"terminate_when_unhealthy": false, "max_episode_steps": 200}
 
-Options are arguments of the environment's constructor and its time limit: plain values, never code.
+Options are arguments of the environment's constructor and its time limit. They are plain values,
+never code.
 """
 
 import copy
@@ -16,7 +17,7 @@ DRAWING = {"render_mode", "width", "height", "camera_id", "camera_name", "defaul
 
 
 def split(env_id):
-    """(Gymnasium id, options) of a name. Raises ValueError for options that are not plain."""
+    """(Gymnasium id, options) of a name. Raises ValueError if an option is not a plain value."""
     name, space, text = env_id.partition(" ")
     options = json.loads(text) if space else {}
     if not isinstance(options, dict) or not plain(options):
@@ -25,16 +26,16 @@ def split(env_id):
 
 
 def join(name, options):
-    """The name of an environment with these options, less those that change nothing.
+    """The name of an environment with options, without those that change nothing.
 
-    Raises ValueError for options that are not plain.
+    Raises ValueError for options that are not plain values.
     """
     if not plain(options):
         raise ValueError(f"the options of {name} are not plain values")
     options = {key: x for key, x in options.items() if key not in DRAWING}
     spec = gymnasium.registry.get(name)
-    told = {"max_episode_steps": spec.max_episode_steps, **spec.kwargs} if spec else {}
-    left = {key: x for key, x in options.items() if key not in told or told[key] != x}
+    usual = {"max_episode_steps": spec.max_episode_steps, **spec.kwargs} if spec else {}
+    left = {key: x for key, x in options.items() if key not in usual or usual[key] != x}
     return f"{name} {json.dumps(left, sort_keys=True)}" if left else name
 
 
@@ -48,7 +49,7 @@ def spec(env_id):
 
 
 def plain(value, depth=0):
-    """Whether a value of JSON is a number, a flag, a word (not a path), or holds only such."""
+    """Whether a JSON value is a number, a flag, a word (not a path), or a container of these."""
     if depth > 4 or (isinstance(value, list | dict) and len(value) > 1000):
         return False
     if isinstance(value, list):

@@ -90,10 +90,10 @@ def load(run):
 def load_policy(run, seed_index=0, units="unit"):
     """The Policy of one seed of a run: `action = policy(obs)`; `policy.reset()` begins an episode.
 
-    run: its folder; seed_index: counted from 0, whatever the run's first seed. units: "unit" for
-    actions in [-1, 1], "environment" for actions between the environment's own bounds, or those of
-    the data if they have no environment. Raises RunError, and EvaluationError for a seed that the
-    run does not have.
+    run: the run folder. seed_index: counted from 0, whatever the run's first seed is. units: "unit"
+    for actions in [-1, 1], "environment" for actions between the environment's own bounds, or those
+    of the data if there is no environment. Raises RunError as `load` does, and EvaluationError for
+    a seed that the run does not have.
     """
     if units not in ("unit", "environment"):
         raise ValueError(f'units {units!r}: must be "unit" or "environment".')
@@ -119,7 +119,7 @@ def action_bounds(info):
 
 
 def choose_seed(run, cfg, index, name):
-    """Raises EvaluationError unless a run has a seed of that index; `name` is the argument's."""
+    """Raises EvaluationError unless a run has a seed `index`. name: of the argument, to report."""
     if not 0 <= index < cfg.num_seeds:
         seeds = f"{run} holds seeds 0 to {cfg.num_seeds - 1}, counted from 0"
         raise EvaluationError(f"{name} {index}: {seeds}.")
