@@ -173,7 +173,7 @@ def soft_backup(state, batch, key, cfg):
     """r + gamma (Q_target(s', a') - temperature log pi(a' | s')), a' ~ pi(. | s'); shape (B,)."""
     pi = state.actor.apply_fn(state.actor.params, batch.next_obs)
     action, log_pi = pi.sample_and_log_prob(seed=key)
-    next_q = state.critic.apply_fn(state.target, batch.next_obs, action).min(0)  # (2, B) -> (B,)
+    next_q = state.critic.apply_fn(state.target, batch.next_obs, action).min(0)  # (B,)
     if cfg.backup_entropy:
         next_q -= state.temperature.apply_fn(state.temperature.params) * log_pi
     return batch.reward + cfg.gamma * (1 - batch.done) * next_q
