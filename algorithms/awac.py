@@ -52,6 +52,7 @@ TUNED = {
 class Config:
     env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
+    env_module: str = ""  # Python module of yours to import, which registers the environment
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 1_000_000  # gradient steps
@@ -68,7 +69,7 @@ class Config:
     widths: tuple[int, ...] = (256, 256, 256)  # hidden layers of every network
     normalize: bool = True  # standardise observations
     # --- AWAC ---
-    lr_decay: bool = False  # let the actor's learning rate fall to 0 by a cosine
+    lr_decay: bool = False  # let the actor's learning rate fall to 0 by a cosine until num_updates
     num_samples: int = 1  # actions a' that V averages over
     beta: float | None = None  # inverse temperature 1 / lambda; default 3, mazes 10, in [0, inf)
     max_weight: float = 100.0  # clip of the exponential, in (0, inf]

@@ -73,6 +73,7 @@ TUNED = {
 class Config:
     env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
+    env_module: str = ""  # Python module of yours to import, which registers the environment
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 1_000_000  # gradient steps
@@ -84,7 +85,7 @@ class Config:
     wandb: bool = False  # also log to Weights & Biases
     batch_size: int = 256  # transitions per gradient step
     gamma: float = 0.99  # discount
-    actor_lr: float = 1e-4  # Adam, the policy's (by a cosine to 0) and the temperature's
+    actor_lr: float = 1e-4  # Adam; the policy's by a cosine to 0 until num_updates
     critic_lr: float = 3e-4  # Adam, the critics'
     polyak: float = 0.005  # step of the target network
     widths: tuple[int, ...] = (256, 256, 256)  # hidden layers of policy and critics

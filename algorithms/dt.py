@@ -19,6 +19,7 @@ from the authors' code:
 - without --targets one return is asked for (two, each in turn)
 """
 
+import math
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,18 +39,19 @@ from jax.extend.random import threefry_2x32
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
 
-# The larger of the two returns that the authors' code asks for on D4RL's data.
+# The larger of the two returns that the authors' code asks for on D4RL's data, and its scale.
 TUNED = {
     f"{env}-{policy}-v2": dict(targets=(target,))
     for env, target in {"halfcheetah": 12000.0, "hopper": 3600.0, "walker2d": 5000.0}.items()
     for policy in ("medium", "medium-replay", "medium-expert")
-}
+} | dict.fromkeys(("halfcheetah", "hopper", "walker2d"), dict(rtg_scale=1000.0))
 
 
 @dataclass(frozen=True)
 class Config:
     env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
+    env_module: str = ""  # Python module of yours to import, which registers the environment
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 100_000  # gradient steps
@@ -64,7 +66,7 @@ class Config:
     normalize: bool = True  # standardise observations
     # --- DT ---
     targets: tuple[float, ...] | None = None  # returns to ask for; default TUNED or data's best
-    rtg_scale: float = 1_000.0  # returns are divided by it, in (0, inf)
+    rtg_scale: float | None = None  # divides returns; default TUNED or by the data, in (0, inf)
     context: int = 20  # K, the steps that the transformer sees
     layers: int = 3  # blocks of the transformer
     heads: int = 1  # of attention, a divisor of width
@@ -297,8 +299,12 @@ def check(cfg, dataset):
 def train(cfg, dataset):
     """Trains `cfg.num_seeds` policies on a Dataset; their State, seeds on axis 0."""
     cfg = experiment.resolve(cfg, TUNED, dataset)
+    returns = dataset.returns()
     if cfg.targets is None:
-        cfg = replace(cfg, targets=(float(dataset.returns().max()),))
+        cfg = replace(cfg, targets=(float(returns.max()),))
+    if cfg.rtg_scale is None:  # the power of ten below the data's largest return
+        largest = float(abs(returns).max()) or 1.0
+        cfg = replace(cfg, rtg_scale=10.0 ** math.floor(math.log10(largest)))
     check(cfg, dataset)
     run = experiment.Run(cfg, dataset)
     data = dataset.steps()

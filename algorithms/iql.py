@@ -49,6 +49,7 @@ TUNED = {
 class Config:
     env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
+    env_module: str = ""  # Python module of yours to import, which registers the environment
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 1_000_000  # gradient steps
@@ -65,7 +66,7 @@ class Config:
     widths: tuple[int, ...] = (256, 256)  # hidden layers of every network
     normalize: bool = True  # standardise observations
     # --- IQL ---
-    lr_decay: bool = True  # let the actor's learning rate fall to 0 by a cosine
+    lr_decay: bool = True  # let the actor's learning rate fall to 0 by a cosine until num_updates
     tau: float | None = None  # expectile, Eq. (5); default 0.7, antmaze 0.9, in (0, 1)
     beta: float | None = None  # inverse temperature, Eq. (7); default 3, antmaze 10, in [0, inf)
     max_weight: float = 100.0  # clip of the exponential in Eq. (7), in (0, inf]

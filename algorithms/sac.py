@@ -43,6 +43,7 @@ from common import datasets, evaluation, experiment  # noqa: E402
 class Config:
     env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
+    env_module: str = ""  # Python module of yours to import, which registers the environment
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 1_000_000  # gradient steps
@@ -172,7 +173,7 @@ def soft_backup(state, batch, key, cfg):
     """r + gamma (Q_target(s', a') - temperature log pi(a' | s')), a' ~ pi(. | s'); shape (B,)."""
     pi = state.actor.apply_fn(state.actor.params, batch.next_obs)
     action, log_pi = pi.sample_and_log_prob(seed=key)
-    next_q = state.critic.apply_fn(state.target, batch.next_obs, action).min(0)  # (2, B) -> (B,)
+    next_q = state.critic.apply_fn(state.target, batch.next_obs, action).min(0)  # (B,)
     if cfg.backup_entropy:
         next_q -= state.temperature.apply_fn(state.temperature.params) * log_pi
     return batch.reward + cfg.gamma * (1 - batch.done) * next_q

@@ -112,12 +112,16 @@ def parity_table(rows):
 
 def resume_table(rows):
     """The numbers of faults/resume.py."""
-    phases = ["training", "evaluating", "writing the checkpoint"]
+    phases = ["starting", "compiling", "training", "evaluating", "between metrics and checkpoint"]
+    phases += ["writing the checkpoint"]
     lines = []
     for row in rows:
-        cells = [NAMES[row["algorithm"]], row["kills"], *(row["phases"].get(x, 0) for x in phases)]
-        lines.append([*cells, row["runs"], f"{row['runs_with_equal_bits']} of {row['runs']}"])
-    return markdown(["", "kills", *phases, "runs", "equal bits at the end"], lines)
+        name = NAMES.get(row["algorithm"], row["algorithm"].upper())
+        cells = [name, row["kills"], *(row["phases"].get(x, 0) for x in phases)]
+        cells += [row.get("twice_in_a_row", 0), row["runs"]]
+        lines.append([*cells, f"{row['runs_with_equal_bits']} of {row['runs']}"])
+    names = ["", "kills", *phases, "twice in a row", "runs", "equal bits at the end"]
+    return markdown(names, lines)
 
 
 def planning_table(rows):

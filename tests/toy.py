@@ -24,6 +24,7 @@ TUNED = {"default": dict(tau=0.7), "hopper": dict(tau=0.6), "hopper-medium": dic
 class Config:
     env: str = "stillwater/hopper/medium-v0"
     env_id: str = ""
+    env_module: str = ""
     seed: int = 0
     num_seeds: int = 2
     num_updates: int = 50

@@ -24,6 +24,7 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "iql": "IQL",
     "cql": "CQL",
     "combo": "COMBO",
+    "rvs": "RvS",
     "dt": "DT",
     "diffuser": "Diffuser",
 }
@@ -33,6 +34,7 @@ save-every""".split()
 SHORT = {  # flags of the short budget, see __main__
     "cql": ["num-actions"],
     "combo": "num-actions max-epochs widths".split(),
+    "rvs": "batch-size widths".split(),
     "dt": ["warmup"],
     "diffuser": "batch-size lr plan-every ddim-steps samples".split(),
 }

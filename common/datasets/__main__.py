@@ -102,15 +102,23 @@ def scales(data):
     return data.score, lambda score: data.ref_min + np.asarray(score) / 100 * width
 
 
-def main(name: tyro.conf.Positional[str], env_id: str = "", plot: Path | None = None):
+def main(
+    name: tyro.conf.Positional[str],
+    env_id: str = "",
+    plot: Path | None = None,
+    env_module: str = "",
+):
     """Show what is in a dataset.
 
     Args:
         name: D4RL name, Minari id or .hdf5 file, as for --env of an algorithm
         env_id: Gymnasium id to score an .hdf5 file on
         plot: .png file to draw histograms of returns, lengths, rewards and actions to
+        env_module: Python module of yours to import, which registers the environment
     """
     runtime.open_streams()
+    runtime.end_at_interrupt()
+    runtime.import_own(env_module)
     data = datasets.load(name, env_id)
     show(data)
     if plot:

@@ -23,7 +23,7 @@ def load(name: str, env_id: str = "") -> Dataset:
     metadata = {}
     if source.layout == "Minari":
         metadata = readers.read_metadata(source.path.with_name("metadata.json"))
-    env, notes = recorded.environment(source, metadata)
+    env, *told = recorded.environment(source, metadata)
     place = cache.place(source, env)
     kept = cache.read(place)
     if kept is None:
@@ -33,7 +33,7 @@ def load(name: str, env_id: str = "") -> Dataset:
             free = f"this machine has {runtime.free_memory():,} bytes of memory left"
             raise DatasetError(f"{source.path}: does not fit: {free}") from None
         cache.write(place, *kept)
-    return _dataset(name, *kept, source, origin, metadata, env, notes)
+    return _dataset(name, *kept, source, origin, metadata, env, *told)
 
 
 def from_arrays(
@@ -52,12 +52,12 @@ def from_arrays(
         obs=obs, action=action, reward=reward, done=done, timeout=timeout, next_obs=next_obs
     )
     source = Source(name, "arrays", env_id)
-    env, notes = recorded.environment(source, {})
+    env, *told = recorded.environment(source, {})
     arrays, facts = read(memory.Arrays(name, fields), source, env)
-    return _dataset(name, arrays, facts, source, "memory", {}, env, notes)
+    return _dataset(name, arrays, facts, source, "memory", {}, env, *told)
 
 
-def _dataset(name, arrays, facts, source, origin, metadata, env, notes):
+def _dataset(name, arrays, facts, source, origin, metadata, env, bounds, notes):
     """The Dataset of checked arrays and facts; prints its notes."""
     for note in (notes := [*notes, *facts["notes"]]):
         print(printable(f"{name}: {note}"), file=sys.stderr)
@@ -66,8 +66,8 @@ def _dataset(name, arrays, facts, source, origin, metadata, env, notes):
         "source": origin,
         "notes": notes,
         "metadata": {key: metadata[key] for key in kept if key in metadata},
-        "action_low": np.asarray(env.low, float).tolist(),
-        "action_high": np.asarray(env.high, float).tolist(),
+        "action_low": np.asarray(bounds[0], float).tolist(),
+        "action_high": np.asarray(bounds[1], float).tolist(),
     }
     ref = reference(source, metadata, env.env_id)
     return Dataset(name, env.env_id, *arrays.values(), *ref, provenance)

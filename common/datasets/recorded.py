@@ -18,12 +18,13 @@ HARMLESS = {  # wrappers that change neither observations nor actions nor reward
 
 
 def environment(source, metadata):
-    """(the evaluation.Env to score on, notes for the user).
+    """(the evaluation.Env to score on, its own action bounds, notes for the user).
 
     It is the user's choice, `source.env_id`, else the evaluation environment in Minari's metadata,
-    else the environment that the data were recorded in. The bounds of actions come from the
-    metadata. Without an environment, or if it cannot be reproduced, Env.env_id is "" and a note
-    says why. Raises DatasetError for a choice that contradicts the metadata.
+    else the environment that the data were recorded in. Actions are in the units that the metadata
+    tell, which a wrapper may have changed: Env's bounds; the environment's own may differ. Without
+    an environment, or if it cannot be reproduced, Env.env_id is "" and a note says why. Raises
+    DatasetError for a choice that contradicts the metadata.
     """
     own, wrappers, why = read_spec(metadata)
     low, high = action_bounds(metadata)
@@ -48,10 +49,12 @@ def environment(source, metadata):
         env = evaluation.Env()
     elif " " in env.env_id and not asked:
         notes.append(f"is scored on {env.env_id}, as its metadata say")
+    bounds = env.low, env.high
     if low is not None and (rescaled or not env.env_id):
         env = env._replace(low=low, high=high)
+        bounds = bounds if env.env_id else (low, high)
     env = env._replace(limit=env.limit or source.limit, clip="ClipAction" in wrappers)
-    return env, notes
+    return env, bounds, notes
 
 
 def read_spec(metadata):

@@ -35,7 +35,8 @@ def find(name: str, env_id: str = "") -> tuple[Source, str]:
             raise DatasetError(f"{path.absolute()}: a pipe or a device, not a file.")
         if path.suffix in (".hdf5", ".h5") and not path.is_file():
             what = "a folder, not a file" if path.is_dir() else "no such file"
-            raise DatasetError(f"{path.absolute()}: {what}. {offline_hint()}")
+            moved = "If it has moved, --env tells the new place, with --resume too."
+            raise DatasetError(f"{path.absolute()}: {what}. {moved} {offline_hint()}")
         is_file = path.is_file()
     except OSError as error:  # no permission; a name that is too long
         raise DatasetError(f"{name[:200]}: cannot be read: {error.strerror}.") from None

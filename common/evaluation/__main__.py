@@ -20,6 +20,8 @@ def main(
     export: Path | None = None,
     episodes: int = 0,
     seed: int = 0,
+    env_id: str = "",
+    env_module: str = "",
 ):
     """Score every seed of a run's last checkpoint as training does, or film or export one seed.
 
@@ -27,10 +29,14 @@ def main(
         run: run folder
         video: film one seed instead, to this .mp4 or .gif file
         export: export one seed's policy instead: .npz for NumPy, .stablehlo for JAX
-        episodes: number of episodes; 0: as many as in training, one for a film
+        episodes: number of episodes; 0: as many as in training (10 if none), one for a film
         seed: the seed to film or export, counted from 0
+        env_id: Gymnasium id to score on instead of the run's own
+        env_module: Python module of yours to import, which registers the environment
     """
     runtime.open_streams()
+    runtime.end_at_interrupt()
+    runtime.import_own(env_module)
     run = Path(os.path.expanduser(run))
     if episodes < 0:
         raise evaluation.EvaluationError(f"--episodes {episodes}: must be at least 0.")
@@ -39,7 +45,10 @@ def main(
     module, cfg, state = evaluation.load(run)
     info, _ = experiment.read(run)
     (_, obs_dim, action_dim), data = info["dims"], info["dataset"]
-    env_id = data["env_id"]
+    own, env_id = data["env_id"], env_id or data["env_id"]
+    if not env_id:
+        how = "--env-id names one, --episodes a number of episodes"
+        raise evaluation.EvaluationError(f"{run} has no environment to score on: {how}.")
     evaluation.choose_seed(run, cfg, seed, "--seed")
     env = evaluation.inspect(env_id)
     if (env.obs_dim, len(env.low)) != (obs_dim, action_dim):
@@ -58,13 +67,16 @@ def main(
         print(printable(f"{video}: {env_id}, return {', '.join(f'{r:.1f}' for r in returns)}"))
         return
     act = functools.partial(act, state)
-    returns = evaluation.evaluate(act, env_id, cfg.num_seeds, episodes or cfg.eval_episodes)
+    count = episodes or cfg.eval_episodes or 10
+    returns = evaluation.evaluate(act, env_id, cfg.num_seeds, count)
     low, high = data["ref_min_score"], data["ref_max_score"]
+    if env_id.rpartition("-v")[0] != own.rpartition("-v")[0]:  # other options are other returns
+        low = None
     for i, row in enumerate(returns):
         mean = f"return {row.mean():.1f} +- {row.std():.1f}"
         score = "" if low is None else f", score {100 * (row.mean() - low) / (high - low):.1f}"
         print(f"seed {cfg.seed + i}: {mean}{score}, {len(row)} episodes of {env_id}")
-    saved = evaluation.recorded(run)
+    saved = evaluation.recorded(run) if env_id == own else None
     if saved is not None and np.shape(saved) == returns.shape:
         left = np.isfinite(saved).all(1)  # seeds that have not diverged
         same = np.array_equal(np.array(saved)[left], returns[left])

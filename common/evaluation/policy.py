@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from common import experiment
-from common.evaluation.environments import EvaluationError
+from common.evaluation.environments import EvaluationError, inspect
 from common.experiment import runtime
 
 
@@ -25,12 +25,14 @@ def stateless(act):
 class Policy:
     """The policy of one seed; keeps its memory, if it has any, between the steps of an episode."""
 
-    def __init__(self, act, state, obs_dim=None):
+    def __init__(self, act, state, obs_dim=None, bounds=None):
         """act: (state, carry, obs, reward, key) -> (action, carry), see an algorithm's `policy`.
 
-        obs_dim: D, to check observations by; None: any.
+        obs_dim: D, to check observations by; None: any. bounds: (low, high), each (A,) or (1,), of
+        the actions to return; None: -1 and 1.
         """
         self._act, self._state, self._dim = jax.jit(act), state, obs_dim
+        self._bounds = bounds
         self.reset()
 
     def reset(self):
@@ -38,7 +40,7 @@ class Policy:
         self._carry, self._key = None, jax.random.key(0)
 
     def __call__(self, obs, reward=0.0):
-        """Action (A,) or (E, A) in [-1, 1], a NumPy array, for obs (D,) or (E, D).
+        """Action (A,) or (E, A) within the bounds, a NumPy array, for obs (D,) or (E, D).
 
         reward: of the last step, a number or (E,); only policies with memory use it. Raises
         ValueError for an obs of another shape.
@@ -51,7 +53,11 @@ class Policy:
         reward = jnp.broadcast_to(jnp.float32(reward), rows.shape[:1])
         self._key, key = jax.random.split(self._key)
         action, self._carry = self._act(self._state, self._carry, rows, reward, key)
-        return np.asarray(action.clip(-1, 1)).reshape(*shape[:-1], -1)
+        action = np.asarray(action.clip(-1, 1)).reshape(*shape[:-1], -1)
+        if self._bounds is None:
+            return action
+        low, high = self._bounds
+        return low + (action + 1) / 2 * (high - low)
 
 
 def load(run):
@@ -63,7 +69,7 @@ def load(run):
     runtime.check_device()
     folder = Path(os.path.expanduser(run)).resolve()
     info, cfg = experiment.read(folder)
-    module, (n, d, a) = experiment.module(info["algorithm"]), info["dims"]
+    module, (n, d, a) = experiment.module(*experiment.source(info)), info["dims"]
     shapes = module.datasets.Batch((n, d), (n, a), (n,), (n, d), (n,))
     data = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
@@ -81,16 +87,35 @@ def load(run):
     return module, cfg, state
 
 
-def load_policy(run, seed_index=0):
+def load_policy(run, seed_index=0, units="unit"):
     """The Policy of one seed of a run: `action = policy(obs)`; `policy.reset()` begins an episode.
 
-    run: the run folder. seed_index: counted from 0, whatever the run's first seed is. Raises
-    RunError as `load` does, and EvaluationError for a seed that the run does not have.
+    run: the run folder. seed_index: counted from 0, whatever the run's first seed is. units: "unit"
+    for actions in [-1, 1], "environment" for actions between the environment's own bounds, or those
+    of the data if there is no environment. Raises RunError as `load` does, and EvaluationError for
+    a seed that the run does not have.
     """
+    if units not in ("unit", "environment"):
+        raise ValueError(f'units {units!r}: must be "unit" or "environment".')
     module, cfg, state = load(run)
     choose_seed(run, cfg, seed_index, "seed_index")
-    obs_dim = experiment.read(Path(os.path.expanduser(run)).resolve())[0]["dims"][1]
-    return Policy(module.policy(cfg), jax.tree.map(lambda x: x[seed_index], state), obs_dim)
+    info, _ = experiment.read(Path(os.path.expanduser(run)).resolve())
+    bounds = action_bounds(info) if units == "environment" else None
+    state = jax.tree.map(lambda x: x[seed_index], state)
+    return Policy(module.policy(cfg), state, info["dims"][1], bounds)
+
+
+def action_bounds(info):
+    """(low, high), each (A,) or (1,), of the environment of a run; info: of experiment.read."""
+    data = info["dataset"]
+    try:
+        low, high = (np.array(data[f"action_{end}"], np.float32) for end in ("low", "high"))
+        if low.shape != high.shape or low.shape not in ((1,), (info["dims"][2],)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):  # a run from before they were kept
+        env = inspect(data["env_id"])
+        low, high = env.low, env.high
+    return low, high
 
 
 def choose_seed(run, cfg, index, name):

@@ -18,7 +18,7 @@ from common.experiment import files, plots, runtime, statistics
 from common.experiment.checkpoint import RunError
 from common.experiment.config import read, resolve
 from common.experiment.files import UserError, printable
-from common.experiment.folders import last_step, module, restore
+from common.experiment.folders import last_step, module, restore, source
 from common.experiment.records import TIMING, read_returns
 from common.experiment.run import Run
 from common.experiment.runtime import machine
@@ -39,5 +39,6 @@ __all__ = [
     "resolve",
     "restore",
     "runtime",
+    "source",
     "statistics",
 ]

@@ -38,14 +38,21 @@ def resolve(cfg, tuned=None, dataset=None):
     least 1 (0 if its default is 0) and at most 16,384 if its default is a small number; a float is
     finite, and negative only if its default is. SHARED has the ranges of the shared fields.
 
+    A resumed run keeps its config: only `resume`, `out` and `wandb` may differ, `env` if the data
+    have moved, and a larger `num_updates` extends the run, unless a schedule depends on it, which
+    the comment of its field says: "until num_updates".
+
     Raises RunError for a value out of range, for one that contradicts the dataset, and for a flag
-    that conflicts with the stored config (`resume`, `out` and `wandb` may differ).
+    that conflicts with the stored config.
     """
     if "--resume=" in sys.argv or ("--resume", "") in itertools.pairwise(sys.argv):
         raise RunError("--resume '': needs a run folder.")
     runtime.last_words = f"{cfg.resume} is as it was." if cfg.resume else "Nothing is saved yet."
     runtime.open_streams()
+    if dataset is None:  # called by a command, not by a notebook
+        runtime.end_at_interrupt()
     cfg = _resumed(cfg) if cfg.resume else cfg
+    runtime.import_own(getattr(cfg, "env_module", ""))
     if dataset is not None:
         cfg = dataclasses.replace(cfg, env=dataset.name)
     cfg = _filled(cfg, tuned or {}, told=dataset is not None)
@@ -67,7 +74,7 @@ def read(folder, kind=None):
     kind: None: that of the algorithm's own file. Raises RunError, and where `resolve` would.
     """
     info = folders.read(folder)
-    kind = kind or folders.module(info["algorithm"]).Config
+    kind = kind or folders.module(*folders.source(info)).Config
     cfg = folders.build(kind, info["config"], folder)
     _in_range(cfg, f"{folder / 'config.json'}: ")
     return info, cfg
@@ -159,13 +166,39 @@ def _resumed(cfg):
     if info["algorithm"] != algorithm:
         raise RunError(f"{path} is a run of {info['algorithm']}, not of {algorithm}.")
     stored = folders.build(type(cfg), info["config"], path)
+    changed = {"resume": str(path), "wandb": cfg.wandb}
+    if hasattr(cfg, "env_module"):
+        changed["env_module"] = cfg.env_module
     typed = {word.split("=")[0].strip("-").replace("-", "_") for word in sys.argv[1:]}
     for field in dataclasses.fields(cfg):
         name, value, own = field.name, getattr(cfg, field.name), getattr(stored, field.name)
         asked = value != field.default or {name, "no_" + name} & typed
-        if asked and value != own and name not in ("resume", "out", "wandb"):
+        if not asked or value == own or name in ("resume", "out", "wandb", "env_module"):
+            continue
+        if name == "env":  # the data have moved: Run compares their hash
+            changed["env"] = value
+        elif name == "num_updates" and value > own:
+            _extend(stored, value)
+            changed["num_updates"] = value
+        else:
             raise RunError(f"{_flag(name)} {value} conflicts with the resumed run's {own}.")
-    return dataclasses.replace(stored, resume=str(path), wandb=cfg.wandb)
+    if (own := getattr(stored, "env_module", "")) and not cfg.env_module:
+        why = "which runs the code of that module: give it again to resume"
+        raise RunError(f"{path} was started with --env-module {own}, {why}.")
+    return dataclasses.replace(stored, **changed)
+
+
+def _extend(cfg, num_updates):
+    """Raises RunError if a schedule depends on the length of the run `cfg`."""
+    for name, comment in _comments(type(cfg)).items():
+        if "until num_updates" in comment and getattr(cfg, name):
+            why = f"{name} {getattr(cfg, name)} is a schedule of {cfg.num_updates:,} updates"
+            how = "start a new run of that length"
+            if getattr(cfg, name) is True:
+                how += f", with --no-{name.replace('_', '-')} if it is to be extended later"
+            raise RunError(
+                f"--num-updates {num_updates}: {why}, so the run cannot be extended; {how}."
+            )
 
 
 def _flag(name):

@@ -25,6 +25,16 @@ def algorithm(cfg):
     return Path(inspect.getfile(type(cfg))).stem
 
 
+def script(cfg):
+    """The file that defines the config's class."""
+    return Path(inspect.getfile(type(cfg))).resolve()
+
+
+def is_beside_common(cfg):
+    """Whether the algorithm is a copy beside common/, not a file of algorithms/."""
+    return script(cfg).parent == PROJECT
+
+
 def dims(dataset):
     """[N rows, D, A] of a Dataset."""
     return [*dataset.obs.shape, dataset.action.shape[1]]
@@ -66,7 +76,7 @@ def create(cfg, dataset, facts):
     about |= {"crc32": checksums(dataset)}
     about |= {"mean_return": float(returns.mean()), "best_return": float(returns.max())}
     info = {"algorithm": algorithm(cfg), "config": vars(cfg), "dataset": about, **facts}
-    info |= {"command": sys.argv, "dims": dims(dataset)}
+    info |= {"command": sys.argv, "dims": dims(dataset), "beside_common": is_beside_common(cfg)}
     files.write(folder / "config.json", json.dumps(info, indent=2) + "\n")
     return folder
 
@@ -123,16 +133,22 @@ def _is_a(value, kind):
     return type(value) is kind or (kind is float and type(value) is int)
 
 
+def source(info):
+    """The arguments of `module` for the algorithm of config.json's content."""
+    return info["algorithm"], info.get("beside_common") is True
+
+
 @functools.cache
-def module(name):
-    """algorithms/<name>.py, imported: the only code that a run folder can make run.
+def module(name, beside_common=False):
+    """algorithms/<name>.py, or a copy beside common/: the only code that a run folder can make run.
 
     Raises RunError for a name without such a file.
     """
-    path = PROJECT / "algorithms" / f"{name}.py"
-    if not (name.isidentifier() and path.is_file()):
+    path = (PROJECT if beside_common else PROJECT / "algorithms") / f"{name}.py"
+    if not (re.fullmatch(r"[\w-]+", name) and path.is_file()):
         raise RunError(f"There is no algorithm {name!r} in {path.parent}.")
-    spec = importlib.util.spec_from_file_location(f"algorithms.{name}", path)
+    package = "" if beside_common else "algorithms."
+    spec = importlib.util.spec_from_file_location(package + name, path)
     sys.modules[spec.name] = found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
     return found

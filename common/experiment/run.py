@@ -1,6 +1,7 @@
 """One training run: its folder, its steps, its lines on the terminal."""
 
 import inspect
+import json
 import os
 import shlex
 import time
@@ -15,6 +16,7 @@ from common.experiment.divergence import Divergence
 from common.experiment.loggers import Loggers
 from common.experiment.progress import Display
 from common.experiment.records import TIMING, Records
+from common.experiment.runtime import PROJECT
 
 
 class Run:
@@ -75,6 +77,9 @@ class Run:
         except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
             name = "metrics.csv, returns.json or diverged.json"
             raise RunError(f"{self.folder}: {name} is damaged: {error}. {how}.") from None
+        if info["config"]["num_updates"] != self.cfg.num_updates:  # the run is extended
+            info["config"]["num_updates"] = self.cfg.num_updates
+            files.write(self.folder / "config.json", json.dumps(info, indent=2) + "\n")
         changed = [name for name, value in self._facts.items() if value != info.get(name)]
         if changed:
             what = " and ".join(changed)
@@ -250,8 +255,15 @@ class Run:
             summary = statistics.summary(last)
             self.log(f"Final {name} {summary}; the data's mean is {levels[0]:.1f}.")
         self.log(f"Curve: {_short(path)}")
-        run = shlex.quote(_short(self.folder))
-        self.log(f"Video: python -m common.evaluation {run} --video run.mp4")
+        if folders.script(self.cfg).parent not in (PROJECT, PROJECT / "algorithms"):
+            return self.log(f"To score it again, keep the algorithm's file in {PROJECT}.")
+        words = f"python -m common.evaluation {shlex.quote(_short(self.folder))}"
+        if own := getattr(self.cfg, "env_module", ""):
+            words += f" --env-module {shlex.quote(own)}"
+        if dataset.env_id:
+            self.log(f"Video: {words} --video run.mp4")
+        else:
+            self.log(f"Score: {words} --env-id ID --episodes 10")
 
 
 def _short(path):

@@ -2,6 +2,7 @@
 
 import atexit
 import hashlib
+import importlib
 import io
 import os
 import platform
@@ -26,18 +27,19 @@ ROOM = 2**28  # bytes that a disk must have left for compiled programs
 last_words = ""  # what Ctrl-C outside of a run's steps adds to "Stopped."
 
 
-def _excepthook(kind, error, trace, before=sys.excepthook):
-    """Ends a command at Ctrl-C with one sentence and exit code 130."""
+def end_at_interrupt():
+    """From now on, Ctrl-C ends this command with one sentence and exit code 130."""
+    sys.excepthook = _excepthook
+
+
+def _excepthook(kind, error, trace):
     if not issubclass(kind, KeyboardInterrupt):
-        return before(kind, error, trace)
+        return sys.__excepthook__(kind, error, trace)
     atexit._run_exitfuncs()  # a progress bar shows the cursor again
     with suppress(OSError, ValueError, AttributeError):
         print(f"Stopped. {last_words}".rstrip(), file=sys.stderr)
         sys.stdout.flush()
     os._exit(130)
-
-
-sys.excepthook = _excepthook
 
 
 def open_streams():
@@ -55,6 +57,23 @@ def give_up_stdout(error):
         print(f"Cannot write to stdout ({error}); nothing more is shown.", file=sys.stderr)
     with suppress(OSError, ValueError, AttributeError):  # what is buffered goes there, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def import_own(name):
+    """Imports a module of the user's, found from the working directory too: it runs their code.
+
+    name: as in `import`, or a .py file; "": nothing. Raises RunError if it cannot be imported.
+    """
+    if not name or name in sys.modules:
+        return
+    path = Path(os.path.expanduser(name))
+    folder, name = (path.parent, path.stem) if path.suffix == ".py" else (Path(), name)
+    if (folder := str(folder.resolve())) not in sys.path:
+        sys.path.append(folder)
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # the user's code may raise anything
+        raise RunError(f"--env-module {name}: {type(error).__name__}: {error}.") from error
 
 
 def check_device():

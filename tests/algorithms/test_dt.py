@@ -485,6 +485,34 @@ def test_without_a_target_the_datas_best_return_is_recorded(monkeypatch):
     np.testing.assert_allclose(told.value.args[0], (best,), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "returns", "scale"),
+    [
+        ("hopper-medium-v2", 3000.0, 1000.0),  # the authors' own
+        ("halfcheetah-medium-v2", 12_000.0, 1000.0),
+        ("my/hopper.hdf5", 0.5, 0.1),  # a path's words say nothing
+        ("sparse-v0", 1.0, 1.0),
+        ("sparse-v0", 87.0, 10.0),
+        ("costs-v0", -350.0, 100.0),
+        ("nothing-v0", 0.0, 1.0),
+    ],
+)
+def test_the_scale_is_the_authors_or_the_datas(monkeypatch, name, returns, scale):
+    """Without the authors' the largest return is from 1 to 10 as the transformer sees it."""
+    n, zeros = 30, np.zeros((30, 1), np.float32)
+    reward = np.full(n, returns / n, np.float32)
+    data = datasets.from_arrays(zeros, zeros, reward, np.arange(n) == n - 1, name=name,
+                                timeout=np.zeros(n))  # fmt: skip
+
+    def run(cfg, *_):
+        raise InterruptedError(cfg.rtg_scale)
+
+    monkeypatch.setattr(dt.experiment, "Run", run)
+    with pytest.raises(InterruptedError) as told:
+        dt.train(dt.Config(context=4, batch_size=8, eval_episodes=0), data)
+    np.testing.assert_allclose(told.value.args[0], scale, rtol=1e-6)
+
+
 # --- Seeds, and a world in which the return asked for chooses the action ---
 
 # Five steps; an action above 0 pays 1. The data act at random, so that of t steps left with n to

@@ -33,8 +33,8 @@ MORE = {
     "combo": "if run.step == 0:\n    state = state.replace(dynamics=fit_dynamics(",
     "dt": "report(run, cfg.targets)",
 }
-SHARED = """env env_id seed num_seeds num_updates log_every eval_every eval_episodes out resume
-wandb batch_size gamma lr actor_lr critic_lr polyak widths normalize""".split()
+SHARED = """env env_id env_module seed num_seeds num_updates log_every eval_every eval_episodes out
+resume wandb batch_size gamma lr actor_lr critic_lr polyak widths normalize""".split()
 
 
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
@@ -98,7 +98,7 @@ def test_shared_fields_come_first_in_one_order(name):
     own = list(fields(name))
     shared = [field for field in SHARED if field in own]
     assert own[: len(shared)] == shared
-    assert own[:12] == SHARED[:12]
+    assert own[:13] == SHARED[:13]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -190,3 +190,11 @@ def test_the_docstring_says_what_a_reader_needs(name):
     assert re.search(r"arXiv:\d{4}\.\d{5}", text)
     assert f"Run: python algorithms/{name}.py" in text
     assert "Differs from" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_schedule_of_the_runs_length_is_declared(name):
+    """A run is extended unless a field's comment says `until num_updates`."""
+    scheduled = re.search(r"schedule\([^)]*cfg\.num_updates", FILES[name]) is not None
+    declared = [field for field, (_, text) in fields(name).items() if "until num_updates" in text]
+    assert scheduled == bool(declared)

@@ -6,23 +6,22 @@ from benchmarks.faults import fuzz, fuzz_folders
 
 
 def test_damaged_folders_go_on_or_are_refused():
-    numbers = range(4 * len(fuzz_folders.TARGETS))
+    numbers = range(2 * len(fuzz_folders.TARGETS))
     found, _ = fuzz.fuzz(numbers, seed=0, limit=60.0, work=fuzz_folders.work)
     kinds = [kind for kind, *_ in found.values()]
     assert set(kinds) == {"read", "refused"}, [x for x in found.items() if x[1][0] in fuzz.FAULTS]
-    assert kinds.count("read") > 20 and kinds.count("refused") > 20
+    assert kinds.count("read") > 10 and kinds.count("refused") > 10
 
 
 def test_a_case_of_a_seed_is_always_the_same_and_every_file_is_damaged_in_every_way():
-    wholes = dict.fromkeys(fuzz_folders.TARGETS, b'{"a": [1, {"b": 2}], "c": "d"}, 1\n' * 30)
-    json = dict.fromkeys(wholes, b'{"a": [1, {"b": 2}], "c": "d"}' * 1)
-    wholes |= {target: json[target] for target in wholes if target[1].endswith(".json")}
+    text = b'{"a": [1, {"b": 2}], "c": "d"}'
+    wholes = {x: text if x[1].endswith(".json") else text * 30 for x in fuzz_folders.TARGETS}
     cases = [fuzz_folders.make_case(0, i, wholes) for i in range(500)]
     assert cases == [fuzz_folders.make_case(0, i, wholes) for i in range(500)]
     assert {case[:2] for case in cases} == set(fuzz_folders.TARGETS)
     damages = {"other_value", "other_cell", *(damage.__name__ for damage in fuzz.DAMAGES)}
     assert {damage for _, _, damage, _, _ in cases} == damages
-    assert len({case[3] for case in cases}) > 400
+    assert len({case[3] for case in cases}) > 350
 
 
 class Believing(fuzz_folders.World):

@@ -44,7 +44,7 @@ def test_numpy_alone_acts_as_the_run_does(data, tmp_path):
 
 
 def test_a_policy_with_memory_runs_without_the_project(data, tmp_path):
-    settings = dict(width=8, layers=1, context=3, targets=(10.0,))
+    settings = dict(width=8, layers=1, context=3, targets=(10.0,), rtg_scale=10.0)
     act, state = trained(dt, data, **settings)
     export(tmp_path / "policy.stablehlo", act, state, "Pendulum-v1", 3)
     with zipfile.ZipFile(tmp_path / "policy.stablehlo") as file:
@@ -60,7 +60,7 @@ def test_a_policy_with_memory_runs_without_the_project(data, tmp_path):
 
 
 def test_what_is_no_perceptron_is_refused(data, tmp_path):
-    act, state = trained(dt, data, width=8, layers=1, context=3, targets=(10.0,))
+    act, state = trained(dt, data, width=8, layers=1, context=3, targets=(10.0,), rtg_scale=1.0)
     with pytest.raises(evaluation.EvaluationError, match="not a plain multilayer perceptron"):
         export(tmp_path / "policy.npz", act, state, "Pendulum-v1", 3)
     assert not list(tmp_path.iterdir())
