@@ -12,15 +12,20 @@ import re
 
 import gymnasium
 
+from common.experiment import files
+
 DRAWING = {"render_mode", "width", "height", "camera_id", "camera_name", "default_camera_config"}
 
 
 def split(env_id):
     """(Gymnasium id, options) of a name. Raises ValueError for options that are not plain."""
     name, space, text = env_id.partition(" ")
-    options = json.loads(text) if space else {}
-    if not isinstance(options, dict) or not plain(options):
-        raise ValueError(f"options must be a JSON object of plain values, not {text[:200]}")
+    try:
+        options = files.parse_json(text) if space else {}
+    except ValueError as error:
+        raise ValueError(f"options must be a JSON object: {error}") from None
+    if not plain(options):
+        raise ValueError(f"options must be plain values, not {text[:200]}")
     return name, options
 
 
