@@ -22,11 +22,11 @@ def split(env_id):
     name, space, text = env_id.partition(" ")
     try:
         options = files.parse_json(text) if space else {}
-    except ValueError as error:
-        raise ValueError(f"options must be a JSON object: {error}") from None
-    if not plain(options):
-        raise ValueError(f"options must be plain values, not {text[:200]}")
-    return name, options
+        if plain(options):
+            return name, options
+    except ValueError:
+        pass
+    raise ValueError(f"options must be a JSON object of plain values, not {text[:200]}")
 
 
 def join(name, options):
