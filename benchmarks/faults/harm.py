@@ -5,7 +5,8 @@
 
 A kind is a section of that file, a case is a test of it. `before` counts the cases that passed at
 the commit `before_commit`, before the faults were mended: the same tests in a checkout of it, with
-common/experiment/files.py copied there and twelve seconds for each. To benchmarks/results/harm.json.
+common/experiment/files.py copied there and twelve seconds for each. To
+benchmarks/results/harm.json.
 """
 
 import json
