@@ -36,8 +36,9 @@ class Records:
     def reopen(self, step, chunk, episodes):
         """Reads what was recorded up to `step`; later rows are made again.
 
-        chunk: updates between two rows of a seed. episodes: of one seed's evaluation. Raises
-        FileNotFoundError, and ValueError, TypeError or IndexError for damaged content.
+        chunk: updates between two rows of a seed. episodes: of one seed's evaluation, 0 if there
+        was none by then. Raises FileNotFoundError, and ValueError, TypeError or IndexError for
+        damaged content.
         """
         header, *lines = files.read(self._folder / "metrics.csv").decode("utf-8").splitlines()
         lines = [line for line in lines if int(line.split(",")[0]) <= step]
@@ -45,7 +46,7 @@ class Records:
         count = step // chunk * len(self._seeds)
         if len(table) != count or (count and table.shape[1] != len(header.split(","))):
             raise ValueError(f"not {count} whole rows up to step {step}")
-        returns = read_returns(self._folder, len(self._seeds), episodes)
+        returns = read_returns(self._folder, len(self._seeds), episodes) if episodes else {}
         returns = {at: x for at, x in returns.items() if int(at) <= step}
         self._lines, self._returns = [header, *lines], returns
 

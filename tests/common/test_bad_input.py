@@ -12,7 +12,6 @@ import json
 import os
 import pickle
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from commands import run
 
 from common.datasets import checked, downloads, sources
 
@@ -50,22 +50,6 @@ def write(path, fields):
         for name, values in fields.items():
             if values is not None:
                 file[name] = values
-
-
-def run(script, *words):
-    """(exit code, stdout, stderr) of `python algorithms/<script>.py <words>`, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
-        patch.setattr(sys, "argv", [f"algorithms/{script}.py", *map(str, words)])
-        with contextlib.redirect_stderr(err):
-            try:
-                runpy.run_path(str(ROOT / f"algorithms/{script}.py"), run_name="__main__")
-                code = 0
-            except SystemExit as end:  # as Python ends a process by it
-                if isinstance(end.code, str):
-                    print(end.code, file=sys.stderr)
-                code = 1 if isinstance(end.code, str) else end.code or 0
-    return code, out.getvalue(), err.getvalue()
 
 
 def tree(folder):
