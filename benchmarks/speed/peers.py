@@ -78,9 +78,7 @@ def confine(threads, compiles):
             os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
         import jax
 
-        jax.jit(lambda x: x + 1)(
-            1.0
-        )  # JAX reads XLA_FLAGS once, here, before peers set them for a GPU
+        jax.jit(lambda x: x + 1)(1.0)  # reads XLA_FLAGS, before peers set them for a GPU
     else:
         import torch
 
