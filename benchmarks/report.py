@@ -124,6 +124,13 @@ def resume_table(rows):
     return markdown(names, lines)
 
 
+def harm_table(rows):
+    """The numbers of faults/harm.py."""
+    lines = [[row["kind"], row["cases"], row["before"], row["after"]] for row in rows]
+    totals = [sum(row[key] for row in rows) for key in ("cases", "before", "after")]
+    return markdown(["kind", "cases", "passed before", "now"], [*lines, ["all", *totals]])
+
+
 def planning_table(rows):
     """The numbers of studies/planning.py."""
     names = ["dataset", "Diffuser's planner", "ms a step, 1 episode", "10 episodes", "score"]
@@ -247,6 +254,7 @@ TABLES = {  # name in a page: what stands there
     "peers": lambda stored: peers_table(*stored.runs()),
     "parity": lambda stored: parity_table(stored("parity")),
     "resume": lambda stored: resume_table(stored("resume")["rows"]),
+    "harm": lambda stored: harm_table(stored("harm")["rows"]),
     "values": lambda stored: value_table(stored("values")["rows"]),
     "planning": lambda stored: planning_table(stored("planning")["rows"]),
     "stitching": lambda stored: stitching_table(stored("stitching")["runs"]),

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from common.experiment import printable
+
 
 class Batch(NamedTuple):
     """N transitions, float32.
@@ -84,7 +86,7 @@ class Dataset:
             else:
                 reward = reward * np.float32(1000 / spread)
             if why:
-                print(f"{self.name}: rewards are not scaled: {why}", file=sys.stderr)
+                print(printable(f"{self.name}: rewards are not scaled: {why}"), file=sys.stderr)
         return Batch(self.obs, self.action, reward, self.next_obs, self.done)
 
     def steps(self, gamma=1.0, at_end=0.0) -> Steps:

@@ -1,6 +1,5 @@
 """The layouts of files, read into rows: D4RL's flat arrays and Minari's episodes."""
 
-import json
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from common.datasets import doubts
 from common.datasets.checked import CheckedFile, DatasetError
 from common.evaluation import Env
+from common.experiment import files
 
 
 class Rows(NamedTuple):
@@ -115,11 +115,6 @@ def read_minari(file: CheckedFile, env: Env) -> Rows:
 def read_metadata(path) -> dict:
     """The content of Minari's metadata.json, a dict. Raises DatasetError."""
     try:
-        if path.stat().st_size > 2**24:
-            raise ValueError("more than 16 MiB")
-        metadata = json.loads(path.read_text("utf-8"))
-        if not isinstance(metadata, dict):
-            raise ValueError("not an object")
-        return metadata
-    except (OSError, ValueError, RecursionError) as error:
+        return files.read_json(path, most=2**24)
+    except (OSError, ValueError) as error:
         raise DatasetError(f"{path}: not readable as JSON metadata: {error}") from None

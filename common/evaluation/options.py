@@ -13,16 +13,21 @@ import re
 
 import gymnasium
 
+from common.experiment import files
+
 DRAWING = {"render_mode", "width", "height", "camera_id", "camera_name", "default_camera_config"}
 
 
 def split(env_id):
     """(Gymnasium id, options) of a name. Raises ValueError if an option is not a plain value."""
     name, space, text = env_id.partition(" ")
-    options = json.loads(text) if space else {}
-    if not isinstance(options, dict) or not plain(options):
-        raise ValueError(f"options must be a JSON object of plain values, not {text[:200]}")
-    return name, options
+    try:
+        options = files.parse_json(text) if space else {}
+        if plain(options):
+            return name, options
+    except ValueError:
+        pass
+    raise ValueError(f"options must be a JSON object of plain values, not {text[:200]}")
 
 
 def join(name, options):

@@ -83,7 +83,7 @@ def load(run):
         raise experiment.RunError(f"{folder / 'config.json'} is damaged: {error}") from error
     state, messages = experiment.restore(folder, template)
     for message in messages:
-        print(message, file=sys.stderr)
+        print(experiment.printable(message), file=sys.stderr)
     return module, cfg, state
 
 

@@ -44,8 +44,13 @@ def read(path, most=LARGEST):
 
 def read_json(path, most=LARGEST):
     """The object (dict) in a JSON file. Raises OSError, and ValueError for any other content."""
+    return parse_json(read(path, most).decode("utf-8"))
+
+
+def parse_json(text):
+    """The object (dict) in a JSON text. Raises ValueError for any other content."""
     try:
-        value = json.loads(read(path, most).decode("utf-8"))
+        value = json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):

@@ -21,10 +21,9 @@ CFG = awr.Config(
 KEY = jax.random.key(0)
 A = 2
 LENGTHS, DONE = [5, 1, 7, 4, 3], [1, 0, 0, 1, 1]  # of the episodes; which end at a terminal
-JIT = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # in half the time
-INIT = JIT(awr.init, static_argnums=2)  # compiled once for the tests that need a fresh state
-LABEL = JIT(awr.label, static_argnums=2)
-UPDATE = JIT(partial(awr.update, cfg=CFG))
+INIT = jax.jit(awr.init, static_argnums=2)  # compiled once for the tests that need a fresh state
+LABEL = jax.jit(awr.label, static_argnums=2)
+UPDATE = jax.jit(partial(awr.update, cfg=CFG))
 
 
 def episodes(lengths, done, **columns):
@@ -107,7 +106,7 @@ def actor_loss64(params, obs, action, weight, cfg):
 # --- Returns ---
 
 
-@JIT
+@jax.jit
 def returns_of_three(lam, done, v_end):
     """Of an episode of three rows that pay 1 each; V = 0 but for the state after the last."""
     rows = random_batch(3)._replace(reward=jnp.ones(3), done=jnp.array([0, 0, done]))
@@ -164,7 +163,7 @@ def test_an_episode_is_labelled_by_itself(state, data):
 # --- Weights ---
 
 
-@partial(JIT, static_argnums=3)
+@partial(jax.jit, static_argnums=3)
 def weights32(advantages, state, temperature, standardize):
     data = episodes([1] * 32, [1] * 32, reward=advantages)
     zero = state.value.replace(params=jax.tree.map(jnp.zeros_like, state.value.params))
@@ -211,13 +210,13 @@ def test_of_equal_advantages_all_weigh_1(state):
 def test_losses_are_the_papers(state, data):
     obs, action = normalise64(data, data.rows.obs), f64(data.rows.action)
     returns, weight = label64(f64(state.value.params), data, CFG)
-    found = JIT(awr.value_loss, static_argnums=4)
+    found = jax.jit(awr.value_loss, static_argnums=4)
     loss, info = found(state.value.params, state, jnp.float32(obs), jnp.float32(returns), CFG)
     expected = value_loss64(f64(state.value.params), obs, returns, CFG)
     np.testing.assert_allclose(loss, expected, rtol=2e-5)
     v = value64(f64(state.value.params), obs).mean() / (1 - CFG.gamma)
     np.testing.assert_allclose(info["v_data"], v, rtol=2e-5)
-    found, inputs = JIT(awr.actor_loss, static_argnums=5), (obs, action, weight)
+    found, inputs = jax.jit(awr.actor_loss, static_argnums=5), (obs, action, weight)
     loss, info = found(state.actor.params, state, *map(jnp.float32, inputs), CFG)
     expected = actor_loss64(f64(state.actor.params), obs, action, weight, CFG)
     np.testing.assert_allclose(loss, expected, rtol=2e-5)
@@ -242,7 +241,7 @@ def test_the_penalty_is_summed_over_dimensions(state):
         return awr.actor_loss(params, state, obs, action, jnp.zeros(4), CFG)[0]
 
     means = jnp.array([[1.5, 0.9], [-1.5, -1.0], [1.0, -0.9], [0.0, 0.0]])
-    np.testing.assert_allclose(JIT(jax.vmap(loss))(means), [1.25, 1.25, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.vmap(loss))(means), [1.25, 1.25, 0, 0], rtol=1e-6)
 
 
 def test_the_policys_std_is_fixed(state, data):
@@ -295,7 +294,7 @@ def test_a_chunk_of_many_seeds_is_the_iterations_of_each(data):
     keys = jax.vmap(jax.random.key)(jnp.arange(3))
     start = [INIT(key, data.rows, CFG) for key in keys]
     many = jax.vmap(partial(awr.train_chunk, cfg=CFG), (0, None, 0, None))
-    many, metrics = JIT(many)(jax.tree.map(lambda *x: jnp.stack(x), *start), data, keys, 12)
+    many, metrics = jax.jit(many)(jax.tree.map(lambda *x: jnp.stack(x), *start), data, keys, 12)
     for i in range(3):
         alone, infos = start[i], []
         for t in (9, 12):
@@ -325,7 +324,7 @@ def test_shapes_and_statistics(fresh, data):
 
 def test_actions_are_clipped_only_when_acting(state, data):
     mean = mlp(f64(state.actor.params)["params"]["MLP_0"], normalise64(data, data.rows.obs))
-    found = JIT(awr.act)(state, data.rows.obs)
+    found = jax.jit(awr.act)(state, data.rows.obs)
     np.testing.assert_allclose(found, mean.clip(-1, 1), rtol=1e-4, atol=1e-5)
 
 
@@ -380,7 +379,7 @@ def test_in_a_bandit_the_policy_is_the_weighted_mean():
         return awr.train_chunk(start, data, KEY, 300, replace(cfg, temperature=temperature))[0]
 
     temperatures = np.array([1e6, 1.0, 0.5])
-    states = JIT(jax.vmap(train))(jnp.float32(temperatures))
+    states = jax.jit(jax.vmap(train))(jnp.float32(temperatures))
     gap = np.array([0.7, -0.3]) / np.sqrt(0.21)
     weight = np.exp(gap / temperatures[:, None]).clip(max=20) * [0.3, 0.7]
     known = 0.6 * (weight[:, 0] - weight[:, 1]) / weight.sum(1)

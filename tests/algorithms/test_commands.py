@@ -22,6 +22,7 @@ NAMES = [path.stem for path in sorted((ROOT / "algorithms").glob("*.py"))]
 SHORT = ["--num-updates", "100", "--eval-every", "50", "--eval-episodes", "2"]
 EXTRA = {
     "awr": "--actor-steps 25 --critic-steps 5".split(),
+    "rvs": "--batch-size 256 --widths 32 32".split(),
     "diffuser": "--width 16 --multiples 1 2 --horizon 4 --samples 2 --ddim-steps 2".split(),
     "dt": "--width 16 --layers 1 --context 5".split(),
     "combo": (

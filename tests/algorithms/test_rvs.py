@@ -22,11 +22,10 @@ CFG = rvs.Config(
 GOAL = replace(CFG, goal=True)
 KEY = jax.random.key(0)
 D, A = 3, 2
-JIT = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # in half the time
-INIT = JIT(rvs.init, static_argnums=2)  # compiled once for the tests that need a fresh state
-MEAN = JIT(lambda s, obs, outcome: s.actor.apply_fn(s.actor.params, obs, outcome).mode())
-ACT = JIT(rvs.act, static_argnums=5)
-CHUNK = JIT(rvs.train_chunk, static_argnums=4)
+INIT = jax.jit(rvs.init, static_argnums=2)  # compiled once for the tests that need a fresh state
+MEAN = jax.jit(lambda s, obs, outcome: s.actor.apply_fn(s.actor.params, obs, outcome).mode())
+ACT = jax.jit(rvs.act, static_argnums=5)
+CHUNK = jax.jit(rvs.train_chunk, static_argnums=4)
 LENGTHS = np.array([3, 1, 4, 6])
 
 
@@ -83,7 +82,7 @@ def test_two_steps_are_drawn_as_by_the_authors():
     """One of all but the last step, one of all; of three steps that makes six equal pairs."""
     data = rvs.hindsight(dataset(lengths=[3, 1, 6]), GOAL)
     rows = jnp.zeros(60_000, int).at[:3].set(jnp.array([3, 9, 4]))
-    earlier, later = (np.asarray(x) for x in JIT(rvs.two_steps)(data, rows, KEY))
+    earlier, later = (np.asarray(x) for x in jax.jit(rvs.two_steps)(data, rows, KEY))
     assert (earlier[0], later[0]) == (3, 3)  # an episode of a single step
     assert np.all((earlier[1:3] >= 4) & (earlier[1:3] <= later[1:3]) & (later[1:3] <= 9))
     share = np.zeros((3, 3))
@@ -123,7 +122,7 @@ def loss64(params, b):
 
 def test_one_update_goes_down_the_gradient(state, data):
     batch = rvs.minibatch(state, data, jnp.arange(14), KEY, CFG)
-    new, info = JIT(partial(rvs.update, cfg=CFG))(state, batch, KEY)
+    new, info = jax.jit(partial(rvs.update, cfg=CFG))(state, batch, KEY)
     p, b = f64(state.actor.params), f64(batch)
     np.testing.assert_allclose(info["actor_loss"], loss64(p, b), rtol=2e-5)
     np.testing.assert_allclose(info["std"], np.exp(p["params"]["log_std"]).mean(), rtol=2e-5)
@@ -139,7 +138,7 @@ def test_std_rests_where_it_is_the_residuals(state, data):
     mean = MEAN(state, batch.obs, batch.outcome)
     params = jax.tree.map(lambda x: x, state.actor.params)
     params["params"]["log_std"] = 0.5 * jnp.log(jnp.mean((mean - batch.action) ** 2, 0))
-    gradient = JIT(jax.grad(rvs.actor_loss, has_aux=True), static_argnums=4)
+    gradient = jax.jit(jax.grad(rvs.actor_loss, has_aux=True), static_argnums=4)
     grads, _ = gradient(params, state, batch, KEY, CFG)
     np.testing.assert_allclose(grads["params"]["log_std"], 0, atol=1e-5)
 
@@ -148,7 +147,7 @@ def test_dropout_is_drawn_in_training_and_not_in_acting(state, data):
     actor = rvs.Actor(CFG.widths, A, 0.5)
     dropping = state.replace(actor=state.actor.replace(apply_fn=actor.apply))
     batch = rvs.minibatch(state, data, jnp.arange(14), KEY, CFG)
-    loss = JIT(partial(rvs.actor_loss, cfg=CFG))
+    loss = jax.jit(partial(rvs.actor_loss, cfg=CFG))
 
     def two(state):
         return [loss(state.actor.params, state, batch, jax.random.key(i))[0] for i in (1, 2)]
@@ -208,7 +207,7 @@ def test_episodes_are_asked_side_by_side(state):
     obs, reward = jax.random.normal(KEY, (3, D + 2)), jnp.array([0.0, 1.0, -2.0])
     policy = rvs.policy(replace(CFG, decreasing=True))
 
-    @partial(JIT, static_argnums=0)
+    @partial(jax.jit, static_argnums=0)
     def second(policy, state, obs, reward):
         _, carry = policy(state, None, obs, 0 * reward, KEY)
         return policy(state, carry, obs, reward, KEY)[0]
@@ -227,7 +226,7 @@ def test_a_goal_is_the_end_of_the_observation(state, data):
     """And no part of what is normalised."""
     start = INIT(KEY, rvs.hindsight(dataset(), GOAL), replace(GOAL, normalize=True))
     obs = jax.random.normal(KEY, (4, D + 2))
-    act = JIT(rvs.policy(GOAL))
+    act = jax.jit(rvs.policy(GOAL))
     action, carry = act(start, None, obs, jnp.zeros(4), KEY)
     assert carry is None
     mean = MEAN(start, rvs.normalise(start, obs[:, :D]), obs[:, D:])
@@ -244,9 +243,9 @@ def test_a_chunk_of_many_seeds_is_the_chunks_of_each():
     data, cfg = rvs.hindsight(dataset(), GOAL), GOAL
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
     start = [INIT(key, data, cfg) for key in keys]
-    many = JIT(jax.vmap(partial(rvs.train_chunk, cfg=cfg), (0, None, 0, None)))
+    many = jax.jit(jax.vmap(partial(rvs.train_chunk, cfg=cfg), (0, None, 0, None)))
     many, _ = many(jax.tree.map(lambda *x: jnp.stack(x), *start), data, keys, 4)
-    short = JIT(partial(rvs.train_chunk, cfg=replace(cfg, log_every=2)))
+    short = jax.jit(partial(rvs.train_chunk, cfg=replace(cfg, log_every=2)))
     for i in range(2):
         alone, _ = short(start[i], data, keys[i], 2)
         alone, _ = short(alone, data, keys[i], 4)
