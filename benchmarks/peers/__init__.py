@@ -1,12 +1,12 @@
-"""Other people's updates, for speed_peers.py to time: a file for each peer, and what they share.
+"""Updates of other implementations, timed by benchmarks.speed.peers: a file for each peer.
 
-A file has PEER, what it is, and CASES, {case: rows(checkout, world)}, where rows are generated one
-at a time: what is timed, at which sizes, and a loop. `world` is the environment with its data. Runs
-in the peer's environment; needs NumPy alone.
+A file has PEER, which describes the peer, and CASES, {case: rows(checkout, world)}. rows is a
+generator of Row: what is timed, at which sizes, and a loop. world is the environment with its data.
+The files run in the peer's environment; this module needs only NumPy.
 
-Sizes are made equal where the peer has a setting for them; what a row was timed at stands in it:
-"widths" of the hidden layers ("actor_widths", if others), critics, actions per row in the sum that
-CQL and COMBO push down. An evaluation, a plan, a rollout is one update.
+Sizes are equal to ours where the peer has a setting for them. A row states its sizes: "widths" of
+the hidden layers ("actor_widths" if different), critics, actions per row in the penalty of CQL and
+COMBO. An evaluation, a plan or a rollout counts as one update.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from unittest.mock import MagicMock
 
 import numpy as np
 
-OBS, ACTION, EPISODES, LENGTH = 17, 6, 100, 1000  # halfcheetah's
+OBS, ACTION, EPISODES, LENGTH = 17, 6, 100, 1000  # HalfCheetah
 BATCH = dict(batch=256, obs=OBS, action=ACTION)
 TWO, THREE = [256] * 2, [256] * 3
 MODEL = dict(members=7, elites=5, widths=[200] * 4)
@@ -29,15 +29,17 @@ DYNAMICS = MODEL | BATCH
 ROLLOUT = dict(starts=50_000, steps=5, policy_widths=THREE, **MODEL)
 DT = dict(batch=64, context=20, width=128, layers=3, heads=1, obs=OBS, action=ACTION)
 EVALUATION = dict(episodes=10, widths=TWO)
-MULTIPLES = {32: (1, 2, 4, 8), 4: (1, 4, 8)}  # of Diffuser's authors, by horizon; 4: halfcheetah
+MULTIPLES = {32: (1, 2, 4, 8), 4: (1, 4, 8)}  # of Diffuser's authors, by horizon; 4: HalfCheetah
 DIFFUSION_STEPS = 20
 
 
 class Row(NamedTuple):
-    what: str
+    """One measurement."""
+
+    what: str  # name of the update
     sizes: dict
-    updates: int  # of a chunk
-    loop: Callable  # loop(tick) never ends, and calls tick() after every chunk
+    updates: int  # in a chunk
+    loop: Callable  # loop(tick) runs forever and calls tick() after every chunk
 
 
 def repeat(step, updates, wait=lambda: None):
@@ -54,22 +56,22 @@ def repeat(step, updates, wait=lambda: None):
 
 
 def every(updates, tick):
-    """To be called, with anything, after each update: tick() after each `updates` of them."""
+    """A function to call after each update, with any arguments; it ticks every `updates` calls."""
     count = itertools.count(1)
     return lambda *_, **__: next(count) % updates or tick()
 
 
 def diffuser_sizes(horizon, **more):
-    """Without attention."""
+    """Sizes of Diffuser without attention."""
     sizes = dict(horizon=horizon, width=32, multiples=list(MULTIPLES[horizon]))
     return sizes | dict(obs=OBS, action=ACTION, diffusion_steps=DIFFUSION_STEPS) | more
 
 
-# --- In place of D4RL, old Gym, and what is for logging and settings only ---
+# --- Stand-ins for D4RL, old Gym, and packages for logging and settings ---
 
 
 def without(*names):
-    """Puts an empty module in the place of each of these."""
+    """Replaces these modules by empty ones."""
     for name in names:
         sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
 
@@ -83,7 +85,7 @@ def module(checkout, path):
 
 
 class World:
-    """HalfCheetah with the interface of Gym before 0.26, and noise as D4RL's arrays of it."""
+    """HalfCheetah with the interface of Gym before 0.26, and noise in place of D4RL's arrays."""
 
     def __init__(self):
         self.env, self.name = None, "halfcheetah-medium-v2"
@@ -125,7 +127,7 @@ class World:
 
 
 def prepare():
-    """The stand-ins that more than one peer needs; returns the environment."""
+    """Installs the stand-ins that several peers need; the environment."""
     without("gym", "d4rl", "pyrallis", "wandb", "tyro", "omegaconf")
     gym, world = sys.modules["gym"], World()
     gym.make = lambda name: world

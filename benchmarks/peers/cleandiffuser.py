@@ -1,6 +1,7 @@
-"""CleanDiffuser, PyTorch: the calls inside its pipeline of Diffuser.
+"""CleanDiffuser, PyTorch: the calls inside its pipeline for Diffuser.
 
-Its value gets the authors' kernels of size 5, for 3; it guides with one gradient a step, not two.
+Its value network gets the authors' kernel size 5 (its own: 3). It guides with one gradient a step
+(the authors: two).
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""CORL, PyTorch: its whole trainings; what they log marks an update."""
+"""CORL, PyTorch: its whole training loops; a call of their logger marks an update."""
 
 from functools import partial
 
@@ -47,7 +47,7 @@ def evaluation(checkout, world):
 
 
 def stepping(checkout, world):
-    """The environment alone, one episode after the other."""
+    """Steps of the environment without a policy, one episode after another."""
     actions = np.random.default_rng(0).uniform(-1, 1, (LENGTH, ACTION))
 
     def run():

@@ -1,6 +1,7 @@
-"""Diffuser's authors, PyTorch: their Trainer, and their guided sampling.
+"""The authors of Diffuser, PyTorch: their Trainer and their guided sampling.
 
-A step is one batch, where they add up the gradients of two. Processes read their data.
+An update uses one batch (the authors accumulate the gradients of two). Their loader reads the data
+in processes of its own.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Decision Transformer's authors, PyTorch: their whole experiment."""
+"""The authors of Decision Transformer, PyTorch: their whole experiment."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""IQL's authors, JAX: one compiled update at a time."""
+"""The authors of IQL, JAX: one compiled update at a time."""
 
 import sys
 from functools import partial

@@ -1,4 +1,4 @@
-"""JAX-CORL, JAX: eight updates in a row are compiled."""
+"""JAX-CORL, JAX: eight updates are compiled together."""
 
 from functools import partial
 
@@ -37,7 +37,7 @@ def training(what, sizes, updates, **settings):
 
 
 def dt(checkout, world):
-    """Its trajectories are NumPy's, handed to the compiled sampler anew for each batch."""
+    """Its trajectories are NumPy arrays, passed to the compiled sampler for each batch."""
     import jax
 
     peer, key = module(checkout, "algos/dt.py"), jax.random.PRNGKey(0)

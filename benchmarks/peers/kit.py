@@ -27,7 +27,7 @@ PEER = dict(
 
 
 def learner(checkout, world):
-    """Its policy, with a model, and the data in its buffer."""
+    """(its policy with a model, its buffer with the data)."""
     import torch
 
     without("gym.envs", "gym.envs.mujoco", "pandas", "matplotlib", "matplotlib.pyplot")

@@ -1,7 +1,7 @@
 """Unifloral, JAX: a scan over its train step.
 
-The scan is compiled once, with the data as an argument. They leave that to JAX, which with its
-present release compiled the scans of CQL and COMBO anew at several calls.
+The scan is compiled once, with the data as an argument. Without that, the current release of JAX
+compiles the scans of CQL and COMBO again at several calls.
 """
 
 import importlib
@@ -56,13 +56,13 @@ def scanned(make_step, carry, data, updates):
 
     def run():
         nonlocal carry
-        carry, _ = jax.block_until_ready(chunk(carry, data))  # with losses, else left out
+        carry, _ = jax.block_until_ready(chunk(carry, data))  # with losses: XLA would drop them
 
     return repeat(run, 1)
 
 
 def states(peer, args, key, nets):
-    """Their state of the networks (actor, Q, target, other)."""
+    """Unifloral's state of the networks (actor, Q, target, other)."""
     import jax.numpy as jnp
 
     obs, action = jnp.zeros(OBS), jnp.zeros(ACTION)
@@ -86,7 +86,7 @@ def iql(checkout, world):
 
 
 def conservative(name, what, critics, updates):
-    """CQL, or COMBO without its rollouts, one in 1,000 updates; one action of each kind."""
+    """CQL, or COMBO without its rollouts (one in 1,000 updates); one action of each kind."""
 
     def rows(checkout, world):
         import jax
@@ -110,7 +110,7 @@ def conservative(name, what, critics, updates):
 
 
 def model(checkout, world):
-    """Its training of one epoch, with a single batch to hold out; then a rollout."""
+    """One epoch of training the model with a single holdout batch; then a rollout."""
     import jax
     import jax.numpy as jnp
 
@@ -146,7 +146,7 @@ def model(checkout, world):
 
 
 class Worlds:
-    """Ten environments as Gym's vector environments were before 0.26."""
+    """Ten environments with the interface of Gym's vector environments before 0.26."""
 
     env_fns = [lambda: SimpleNamespace(spec=SimpleNamespace(max_episode_steps=LENGTH))]
 
@@ -167,7 +167,7 @@ class Worlds:
 
 
 def evaluation(kind, checkout, world):
-    """With environments in processes, as theirs, or, faster on one core, in this one."""
+    """kind: AsyncVectorEnv has processes, as Unifloral; SyncVectorEnv is faster on one core."""
     import jax
     import jax.numpy as jnp
 

@@ -3,15 +3,19 @@
     python -m benchmarks.speed                            # all rows, half an hour or so
     python -m benchmarks.speed --only iql cql --seeds 1   # some of them
 
-Every row is a process of its own, with its own compilation and peak memory: data of HalfCheetah,
-the algorithm's own `train_chunk` with its own drawing of rows, one seed or several under vmap.
-Its time is the median over chunks after a warm-up. Its FLOPs are the necessary ones (flops.py),
-and the machine's rate is that of the same matrix products alone, each shape repeated in the same
-process by XLA and by NumPy's BLAS, the faster of the two. "share" is the rate that the update
-reaches, over all that it does, divided by the machine's.
+Each row is measured in a process of its own, with its own compilation and peak memory: data of
+HalfCheetah, the algorithm's own `train_chunk`, which also draws the rows, and one seed or several
+under vmap.
 
-Writes benchmarks/results/speed.json. Only ratios within one run mean anything: machines differ, and
-the same one from hour to hour. Other people's code beside it: speed_peers.py.
+- time: the median over chunks after a warm-up
+- FLOPs: the necessary ones, counted by hand (flops.py)
+- the machine's rate: that of the same matrix products alone in the same process, each shape by XLA
+  or by NumPy's BLAS, whichever is faster
+- share: the FLOP/s of the whole update, divided by the machine's rate
+
+Writes benchmarks/results/speed.json. Only ratios within one run are meaningful, because machines
+differ and one machine varies from hour to hour. Other implementations: python -m
+benchmarks.speed.peers.
 """
 
 import json
@@ -39,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = "stillwater/halfcheetah/medium-v0"
 COMBO = dict(beta=0.5, horizon=5, num_actions=10)  # as many actions as CQL and its peer
 DIFFUSER = dict(horizon=32, multiples=(1, 2, 4, 8), batch_size=32, diffusion_steps=20)
-UPDATES = {  # name: (algorithm, what departs from its defaults)
+UPDATES = {  # row: (algorithm, settings that differ from its defaults)
     "bc": ("bc", {}),
     "iql": ("iql", {}),
     "awac": ("awac", {}),
@@ -56,32 +60,34 @@ OTHERS = ("dynamics", "rollout", "plan", "evaluation", "evaluation, dt")
 @dataclass(frozen=True)
 class Config:
     only: tuple[str, ...] = (*UPDATES, *OTHERS)  # rows to measure
-    seeds: tuple[int, ...] = (1, 2, 4, 8, 16)  # of the updates
-    cores: int = 1  # that a row may use
-    seconds: float = 10.0  # of timing for each row
-    chunks: int = 15  # at most, of which the median counts
-    out: str = str(ROOT / "benchmarks/results/speed.json")
-    row: str = ""  # NAME:SEEDS: measure this one here, and print it
+    seeds: tuple[int, ...] = (1, 2, 4, 8, 16)  # numbers of seeds, for rows of updates
+    cores: int = 1  # cores for each row
+    seconds: float = 10.0  # time for each row
+    chunks: int = 15  # chunks for each row at most; the median counts
+    out: str = str(ROOT / "benchmarks/results/speed.json")  # file to write
+    row: str = ""  # NAME:SEEDS: measure only this row, in this process, and print it
 
 
 class Work(NamedTuple):
-    call: object  # does `updates` of them
+    """A row, ready to be timed."""
+
+    call: object  # makes `updates` updates
     updates: int
-    products: dict  # necessary for one
+    products: dict  # matrix products of one update, see flops.py
     program: object  # compiled
-    compiling: tuple  # seconds, from nothing and from JAX's cache
-    more: dict = {}  # of the row
+    compiling: tuple  # seconds to compile: from scratch, and with JAX's cache
+    more: dict = {}  # other entries of the row
 
 
 def settings(algorithm, changes):
-    """The module, and its config as its main would make it."""
+    """(the algorithm's module, its config as its `main` makes it)."""
     module = experiment.module(algorithm)
     cfg = module.Config(env=DATA, **changes)
     return module, experiment.resolve(cfg, getattr(module, "TUNED", None))
 
 
 def compiled(function, *inputs):
-    """The program; seconds to trace and compile it, and again with XLA's part in JAX's cache."""
+    """(the compiled program, seconds to trace and compile it: from scratch, with JAX's cache)."""
     with tempfile.TemporaryDirectory() as folder:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
@@ -96,11 +102,12 @@ def compiled(function, *inputs):
 
 
 def start(function, keys, batch):
-    """What `init` or the like makes for every seed."""
+    """function(key, batch) for the keys of all seeds."""
     return jax.jit(jax.vmap(function, (0, None)))(keys, batch)
 
 
 def update(name, data, sizes, keys):
+    """The Work of a row of UPDATES. sizes: (D, A). keys: of the seeds."""
     algorithm, changes = UPDATES[name]
     module, cfg = settings(algorithm, changes)
     products = flops.times(len(keys), getattr(flops, algorithm)(cfg, *sizes))
@@ -123,7 +130,7 @@ def update(name, data, sizes, keys):
 
 
 def dynamics(data, sizes, keys):
-    """A minibatch of COMBO's model, all members."""
+    """An update of COMBO's model, all members."""
     module, cfg = settings("combo", COMBO)
     rows, updates = 1000 + 40 * cfg.batch_size, 40  # 1,000 are held out
     batch = jax.device_put(jax.tree.map(lambda x: x[:rows], data.transitions()))
@@ -135,7 +142,7 @@ def dynamics(data, sizes, keys):
 
 
 def rollout(data, sizes, keys):
-    """50,000 starts, five steps of COMBO's model."""
+    """A rollout of COMBO's model: 50,000 starts, five steps."""
     module, cfg = settings("combo", COMBO)
     state = start(partial(module.init, cfg=cfg), keys, data.transitions())
     steps = jax.vmap(partial(module.rollout, cfg=cfg, terminal=module.never), (0, None, 0))
@@ -158,7 +165,7 @@ def plan(data, sizes, keys):
 
 
 def ten_episodes(data, sizes, keys, algorithm="iql"):
-    """Evaluation of a policy, and the environment's steps alone."""
+    """An evaluation of ten episodes; for comparison, the environment's steps alone."""
     module, cfg = settings(*UPDATES[algorithm])
     batch = data.steps() if algorithm == "dt" else data.transitions()
     state = start(partial(module.init, cfg=cfg), keys, batch)
@@ -173,7 +180,10 @@ def ten_episodes(data, sizes, keys, algorithm="iql"):
 
 
 def median_time(work, seconds, most):
-    """Median seconds of a call, after one that does not count, for so long but three at least."""
+    """Median seconds of work(), after one warm-up call.
+
+    At least three calls, at most `most`, and none begins after `seconds`.
+    """
     work()
     taken, end = [], time.perf_counter() + seconds
     while len(taken) < 3 or (time.perf_counter() < end and len(taken) < most):
@@ -184,7 +194,7 @@ def median_time(work, seconds, most):
 
 
 def products_rate(products, seconds=4.0):
-    """FLOP/s of these matrix products alone, each shape as fast as XLA or NumPy's BLAS does it."""
+    """FLOP/s of matrix products alone, each shape by XLA or NumPy's BLAS, whichever is faster."""
     several = jax.jit(lambda a, b: jax.lax.map(lambda ab: ab[0] @ ab[1], (a, b)))
     rng, spent, each = np.random.default_rng(0), 0.0, seconds / 2 / len(products)
     for (m, k, n), count in products.items():
@@ -211,7 +221,7 @@ def work_of(name, seeds):
 
 
 def measure(name, seeds, cfg):
-    """One row, as plain data."""
+    """One row as plain data."""
     work = work_of(name, seeds)
     before = products_rate(work.products) if work.products else 0
     us = 1e6 * median_time(work.call, cfg.seconds, cfg.chunks) / work.updates
@@ -226,14 +236,14 @@ def measure(name, seeds, cfg):
 
 
 def summary(row):
-    """Words for a row."""
+    """A row in words."""
     rate = "{share:.0%} of {machine_gflops:.0f} GFLOP/s, " if "share" in row else ""
     words = "{us:,.0f} us, " + rate + "compiled in {compile_seconds:.1f} s, {peak_mb:,.0f} MB"
     return words.format(**row)
 
 
 def apart(module, words, cores, root=ROOT):
-    """The JSON that `python -m module words` prints last, run in `root` on so many cores."""
+    """The JSON in the last line of `python -m module words`, run on `cores` cores in `root`."""
     names = "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"
     environ = os.environ | dict.fromkeys(names, str(cores))
     cpus = ",".join(map(str, sorted(os.sched_getaffinity(0))[:cores]))

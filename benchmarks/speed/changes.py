@@ -1,10 +1,10 @@
-"""What a change did for speed: the same row of speed.py with the files before it and after it.
+"""The effect of a change on speed: a row of benchmarks.speed before and after a commit.
 
-    python -m benchmarks.speed.changes                    # CHANGES, some minutes
+    python -m benchmarks.speed.changes                    # the rows of CHANGES, some minutes
     python -m benchmarks.speed.changes --before main --after HEAD --rows iql cql
 
-Both commits are unpacked into folders of their own, timed there by the speed.py of today, in turns,
-nothing kept but the median. Writes benchmarks/results/changes.json, unless commits are given.
+Both commits are unpacked into temporary folders, where each is timed by its own benchmarks.speed,
+in turns. Writes benchmarks/results/changes.json, unless commits are given.
 """
 
 import io
@@ -23,7 +23,7 @@ from common import experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 
-CHANGES = (  # (what, after which commit, row, cores)
+CHANGES = (  # (what changed, commit, row, cores)
     ("kernels (out, in): no transposed gradients", "5707632", "iql", 1),
     ("dropout from 16 random bits, not 32", "4d2bad8", "dt", 1),
     ("environments stepped on all cores", "cb247ff", "evaluation", 2),
@@ -32,12 +32,12 @@ CHANGES = (  # (what, after which commit, row, cores)
 
 @dataclass(frozen=True)
 class Config:
-    rows: tuple[str, ...] = ("iql",)  # of speed.py, between the two commits
-    before: str = ""  # commit; empty: CHANGES instead
+    rows: tuple[str, ...] = ("iql",)  # rows to compare between two commits
+    before: str = ""  # commit; empty: the rows of CHANGES
     after: str = "HEAD"  # commit
-    cores: int = 1  # that a row may use
-    rounds: int = 3  # of one and then the other
-    out: str = str(ROOT / "benchmarks/results/changes.json")
+    cores: int = 1  # cores for each row
+    rounds: int = 3  # measurements of each commit, in turns
+    out: str = str(ROOT / "benchmarks/results/changes.json")  # file to write
 
 
 def git(*words):
@@ -45,14 +45,14 @@ def git(*words):
 
 
 def unpack(commit, folder):
-    """The files of a commit, which is timed by its own benchmarks.speed."""
+    """Writes the files of a commit to a folder; the folder."""
     with tarfile.open(fileobj=io.BytesIO(git("archive", commit))) as files:
         files.extractall(folder, filter="data")
     return folder
 
 
 def compare(row, before, after, cores, rounds):
-    """Microseconds of a row, in turns: two lists."""
+    """(microseconds before, microseconds after) of a row, lists of `rounds` measurements."""
     taken = [], []
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         folders = unpack(before, Path(one)), unpack(after, Path(two))

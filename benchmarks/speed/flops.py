@@ -1,42 +1,47 @@
-"""The matrix products that an update cannot do without, counted by hand from the papers' equations.
+"""The necessary matrix products of an update, counted by hand from the papers' equations.
 
     total(iql(cfg, 17, 6))  # FLOPs of one update of IQL with 17 observations and 6 actions
 
-A product is (rows, inner, columns); most functions return {product: how many}. Counted is each
-network, forward, once for every input that a loss needs, and of the gradients those from which
-something learns. Not counted: activations, optimisers, random numbers, gathers, and what an
-implementation computes twice or throws away. tests/test_speed.py sets the sums beside XLA's own
-count of a compiled update.
+A product is (rows, inner, columns); most functions return {product: how many}. Counted are the
+forward pass of each network, once for every input that a loss needs, and the gradients that some
+parameter learns from. Not counted are activations, optimisers, random numbers, gathers, and
+whatever an implementation computes twice or does not use. tests/benchmarks/test_speed.py compares
+the sums with XLA's count for a compiled update.
 """
 
 from collections import Counter
 
 
 def total(products):
-    """FLOPs of all of them: a multiplication and an addition each."""
+    """FLOPs of products {(m, k, n): count}, with 2 m k n for each."""
     return sum(2 * m * k * n * count for (m, k, n), count in products.items())
 
 
 def times(count, products):
+    """`count` times the products."""
     return Counter({shape: count * n for shape, n in products.items()})
 
 
 def mlp(rows, *sizes):
-    """The layers of a network, as [(rows, inputs, outputs)]."""
+    """The layers [(rows, inputs, outputs)] of a network with these sizes."""
     return [(rows, i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
 
 
 def forward(layers):
+    """The forward pass."""
     return Counter(layers)
 
 
 def to_inputs(layers):
-    """Forward, and the gradient of the inputs alone."""
+    """The forward pass and the gradient of the inputs only."""
     return Counter(layers) + Counter((rows, o, i) for rows, i, o in layers)
 
 
 def learn(layers, inputs=False):
-    """Forward, and the gradient of the weights; inputs: of the first layer's inputs, too."""
+    """The forward pass and the gradients of the weights.
+
+    inputs: also the gradient of the network's inputs.
+    """
     weights = Counter((i, rows, o) for rows, i, o in layers)
     through = Counter((rows, o, i) for rows, i, o in layers[0 if inputs else 1 :])
     return Counter(layers) + weights + through
@@ -65,12 +70,12 @@ def awac(cfg, obs, action):
 
 
 def widths(cfg, obs, action, out):
-    """Sizes of V, Q and the policy."""
+    """Layer sizes of V, Q and the policy, which has `out` outputs."""
     return (obs, *cfg.widths, 1), (obs + action, *cfg.widths, 1), (obs, *cfg.widths, out)
 
 
 def conservative(cfg, obs, action, rows):
-    """CQL and COMBO; rows: where the penalty is taken."""
+    """CQL and COMBO. rows: number of states in the penalty."""
     b, n = cfg.batch_size, cfg.num_actions
     _, q, pi = (mlp(b, *x) for x in widths(cfg, obs, action, 2 * action))
     _, penalised, _ = (mlp(b + 3 * n * rows, *x) for x in widths(cfg, obs, action, 2 * action))
@@ -92,13 +97,13 @@ def combo(cfg, obs, action):
 
 
 def dynamics(cfg, obs, action):
-    """One minibatch for every member."""
+    """One update of all members of the model."""
     member = mlp(cfg.batch_size, obs + action, *cfg.model_widths, 2 * (obs + 1))
     return times(cfg.num_members, learn(member))
 
 
 def rollout(cfg, obs, action):
-    """For each row and step the policy, and the one elite that was drawn."""
+    """A rollout: for each row and step the policy and the one elite that is drawn."""
     policy = mlp(cfg.rollout_batch, obs, *cfg.widths, 2 * action)
     rows = cfg.rollout_batch // cfg.num_elites
     elite = mlp(rows, obs + action, *cfg.model_widths, 2 * (obs + 1))
@@ -109,7 +114,7 @@ def rollout(cfg, obs, action):
 
 
 def dt(cfg, obs, action):
-    """The last block's state tokens alone lead to an action: only they ask, and go on."""
+    """Only the state tokens predict actions, so the last block has queries for them alone."""
     b, k, w, t = cfg.batch_size, cfg.context, cfg.width, 3 * cfg.context
     products, layers = Counter(), mlp(b * k, w, action)
     for block in range(cfg.layers):
@@ -125,14 +130,14 @@ def dt(cfg, obs, action):
 
 
 def block(rows, length, inner, out, width):
-    """The layers of Diffuser's residual block on `rows` trajectories."""
+    """The layers of Diffuser's residual block on `rows` plans."""
     past = [] if inner == out else mlp(rows * length, inner, out)
     convolutions = [(rows * length, 5 * inner, out), (rows * length, 5 * out, out)]
     return convolutions + mlp(rows, width, out) + past
 
 
 def unet(cfg, rows, channels):
-    """The layers of the network that denoises."""
+    """The layers of the denoising network."""
     w, length, inner = cfg.width, cfg.horizon, channels
     sizes = [w * m for m in cfg.multiples]
     layers = mlp(rows, w, 4 * w, w)
@@ -151,7 +156,7 @@ def unet(cfg, rows, channels):
 
 
 def value_net(cfg, rows, channels):
-    """The layers of the network that tells the return."""
+    """The layers of the network that predicts the return."""
     w, length, inner = cfg.width, cfg.horizon, channels
     layers = mlp(rows, w, 4 * w, w)
     for size in (w * m for m in cfg.multiples):

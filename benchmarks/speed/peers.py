@@ -1,16 +1,16 @@
-"""How fast are other people's updates on this machine? speed.py has ours.
+"""How fast are the updates of other implementations on this machine?
 
     PEERENV/bin/python -m benchmarks.speed.peers corl --checkout DIR
     PEERENV/bin/python -m benchmarks.speed.peers corl --checkout DIR --only iql awac --threads 2
 
-Runs in the peer's own environment, with a checkout of its repository, on one core or on more;
-benchmarks/peers/ has the peers. Writes results/speed/PEER.json, or PEER-2-threads.json, row by row.
-Ratios to ours count only within the same hour.
+Runs in the peer's own environment with a checkout of its repository. benchmarks/peers/ has the
+peers, benchmarks.speed our own times; compare only times of the same hour. Writes
+results/speed/PEER.json, or PEER-2-threads.json, row by row.
 
-The peer's code is called as its training calls it: its own loop where that can be run by itself,
-else the calls inside that loop: drawing a batch from its own buffer, one update, and a wait for the
-result. Data: noise in the shapes of halfcheetah. A row has milliseconds per update, the median over
-chunks after two to warm up; for JAX, what these took longer than the median is compilation.
+The peer's training loop is run where it can be run by itself, else the calls inside it: drawing a
+batch from the peer's buffer, one update, waiting for the result. The data are noise in the shapes
+of HalfCheetah. A row has milliseconds per update, the median over chunks after two warm-up chunks;
+for JAX, the extra time of the warm-up counts as compilation.
 """
 
 import argparse
@@ -33,11 +33,14 @@ NAMES = sorted(x.stem for x in Path(peers.__file__).parent.glob("*.py") if x.ste
 
 
 class Over(Exception):
-    """Time is up."""
+    """Ends a peer's loop when the time is up."""
 
 
 def measure(loop, seconds):
-    """Seconds of each chunk: two to warm up, three or more of so many seconds in all."""
+    """Seconds of each chunk (n,): two for warm-up, then at least three, until `seconds` are over.
+
+    loop: of a peers.Row.
+    """
     times = [time.perf_counter()]
 
     def tick():
@@ -52,7 +55,7 @@ def measure(loop, seconds):
 
 
 def result(row, chunks, compiles):
-    """A row of the JSON from seconds of chunks; compiles: the peer is JAX."""
+    """A row of the JSON, from seconds of chunks (n,). compiles: whether the peer uses JAX."""
     steady = np.median(chunks[2:])
     return dict(
         what=row.what,
@@ -67,7 +70,7 @@ def result(row, chunks, compiles):
 
 
 def confine(threads, compiles):
-    """This process, and those that it starts, to as many cores."""
+    """Limits this process and its children to `threads` cores."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     os.environ |= dict(OMP_NUM_THREADS=str(threads), JAX_PLATFORMS="cpu", TQDM_DISABLE="1")
     if compiles:
@@ -75,7 +78,7 @@ def confine(threads, compiles):
             os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
         import jax
 
-        jax.jit(lambda x: x + 1)(1.0)  # reads XLA_FLAGS for good, before peers set them for a GPU
+        jax.jit(lambda x: x + 1)(1.0)  # reads XLA_FLAGS, before peers set them for a GPU
     else:
         import torch
 
@@ -83,7 +86,7 @@ def confine(threads, compiles):
 
 
 def described(facts, checkout):
-    """Name, repository, commit and versions of a peer."""
+    """Name, repository, commit and versions of a peer, as plain data."""
     git = ["git", "-C", checkout, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     versions = " ".join(f"{name}=={version(name)}" for name in (*facts["packages"], "numpy"))
@@ -102,13 +105,13 @@ def main():
     parser.add_argument("peer", choices=NAMES)
     parser.add_argument("--checkout", required=True, help="folder with the peer's repository")
     parser.add_argument("--only", nargs="+", help="some of the peer's cases")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of measuring, for each row")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time for each row")
     parser.add_argument("--threads", type=int, default=1, help="cores to use")
     parser.add_argument("--out", default=str(ROOT / "benchmarks/results/speed"))
     args = parser.parse_args()
     peer, checkout = importlib.import_module(f"benchmarks.peers.{args.peer}"), args.checkout
     if unknown := set(args.only or ()) - set(peer.CASES):
-        parser.error(f"{args.peer} has no {', '.join(unknown)}, but {', '.join(peer.CASES)}")
+        parser.error(f"unknown case {', '.join(unknown)}; {args.peer} has {', '.join(peer.CASES)}")
 
     checkout, compiles = str(Path(checkout).resolve()), "jax" in peer.PEER["packages"]
     facts = dict(peer=described(peer.PEER, checkout), device=device(args.threads))

@@ -1,11 +1,12 @@
 """What does an update spend its time on?
 
-    python -m benchmarks.speed.profile                        # COMBO, DT and two more
-    python -m benchmarks.speed.profile --rows iql --steps 20  # one, with its twenty longest steps
+    python -m benchmarks.speed.profile                        # CQL, COMBO, DT and Diffuser
+    python -m benchmarks.speed.profile --rows iql --steps 20  # one row, its twenty longest steps
 
-The rows are speed.py's, one seed each. XLA says how long every step of its program took; a step is
-a matrix product, or elementwise work, sums and copies fused into one. Each is put under the first
-kind of work (KINDS) that its instructions contain. Writes benchmarks/results/profile.json.
+The rows are those of benchmarks.speed, with one seed. XLA reports the time of each step of its
+program. A step is a matrix product, or elementwise work, sums and copies fused together; it counts
+as the first kind of work (KINDS) that its instructions contain. Writes
+benchmarks/results/profile.json.
 """
 
 import json
@@ -25,7 +26,7 @@ from common import experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 
-KINDS = {  # of work, and the instructions that give it away
+KINDS = {  # kind of work: instructions that identify it
     "matrix products": "dot convolution custom-call",
     "random numbers": "xor rng-bit-generator",
     "sums: normalisation, softmax, losses": "reduce",
@@ -33,22 +34,22 @@ KINDS = {  # of work, and the instructions that give it away
     "copies of the gradients and activations": "transpose copy",
     "elementwise": "",
 }
-WRAPPERS = "while", "call", "conditional"  # what is in them is counted by itself
+WRAPPERS = "while", "call", "conditional"  # the instructions inside are counted separately
 INSTRUCTION = re.compile(r" +(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)")
 
 
 @dataclass(frozen=True)
 class Config:
-    rows: tuple[str, ...] = ("cql", "combo", "dt", "diffuser")  # of speed.py
-    steps: int = 8  # the longest ones that are listed
-    calls: int = 5  # of the program that are traced
-    cores: int = 1  # that a row may use
-    out: str = str(ROOT / "benchmarks/results/profile.json")
-    row: str = ""  # profile this one here, and print it
+    rows: tuple[str, ...] = ("cql", "combo", "dt", "diffuser")  # rows of benchmarks.speed
+    steps: int = 8  # number of longest steps to list
+    calls: int = 5  # calls of the program to trace
+    cores: int = 1  # cores for each row
+    out: str = str(ROOT / "benchmarks/results/profile.json")  # file to write
+    row: str = ""  # profile only this row, in this process, and print it
 
 
 def read(text):
-    """{instruction: (its shape, its opcode, all opcodes in it, where in our code)} of a program."""
+    """{instruction: (shape, opcode, all opcodes in it, place in our code)} of a program's text."""
     inside, lines, computation = defaultdict(set), {}, ""
     for line in text.splitlines():
         if line.endswith("{") and (begin := re.match(r"(?:ENTRY )?%?([\w.-]+) ", line)):
@@ -66,13 +67,14 @@ def read(text):
 
 
 def kind(shape, opcodes):
-    if shape.startswith("u"):  # unsigned integers: bits on their way to a random number
+    """The kind of work of a step."""
+    if shape.startswith("u"):  # unsigned integers are bits of random numbers
         return "random numbers"
     return next(name for name, words in KINDS.items() if not words or opcodes & {*words.split()})
 
 
 def trace(call, calls):
-    """{step: [seconds of each time it ran]} of so many calls."""
+    """{step: [seconds of each execution]} over `calls` calls."""
     taken = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -87,7 +89,7 @@ def trace(call, calls):
 
 
 def steps(program, call, calls):
-    """The steps of the program, the longest first: its share of a call, as plain data."""
+    """The steps of a program as plain data, the longest first; ms: milliseconds of one call."""
     found, taken = [], trace(call, calls)
     for name, (shape, opcode, opcodes, where) in read(program.as_text()).items():
         if name in taken and opcode not in WRAPPERS:
@@ -97,7 +99,7 @@ def steps(program, call, calls):
 
 
 def profile(name, cfg):
-    """One row, as plain data."""
+    """One row as plain data."""
     work = speed.work_of(name, seeds=1)
     row = {"row": name, "ms": 1e3 * speed.median_time(work.call, 10, 15) / work.updates}
     rate = speed.products_rate(work.products)

@@ -27,7 +27,7 @@ COMPARED = {  # our row: what peers call it, and the sizes that must be equal
     "plan": ("plan", dict(horizon=32)),
     "evaluation": ("evaluation", {}),
 }
-OTHERWISE = {  # (peer, our row): what it does that we do not, or the other way round
+OTHERWISE = {  # (peer, our row): the difference between them
     ("Unifloral", "iql"): "the policy's weights from V before its update: one V less",
     ("Unifloral", "dynamics"): "ReLU for swish, one batch for all members, no weight decay",
     ("JAX-CORL", "awac, 2 layers"): "an actor of four layers",
@@ -61,7 +61,7 @@ def digits(ms):
 
 
 def own_table(ours):
-    """Our rows of one seed."""
+    """Our rows with one seed."""
     names = ["one seed", "ms", "GFLOP", "share of the rate", "compiling, s", "from the cache, s"]
     names += ["memory, MB", "evaluations", "ms on two cores", "share"]
     one, two = (by_name(ours[cores]) for cores in OURS)
@@ -88,7 +88,7 @@ def seeds_table(ours):
 
 
 def profile_table(profile):
-    """Milliseconds of each kind of work in an update; the rest is between the steps."""
+    """Milliseconds of each kind of work in an update; the rest passes between the steps."""
     rows = profile["rows"]
     alone = [f"{row['products_alone_ms']:.1f}" for row in rows]
     lines = [["the necessary matrix products alone", *alone]]
@@ -99,7 +99,7 @@ def profile_table(profile):
 
 
 def changes_table(changes):
-    """Milliseconds of a row before a change and after it, medians."""
+    """Median milliseconds of a row before and after a change."""
     rows = []
     for change in changes["rows"]:
         old, new = (np.median(change[f"us_{when}"]) / 1000 for when in ("before", "after"))
@@ -110,7 +110,7 @@ def changes_table(changes):
 
 
 def theirs(peers, name):
-    """Of our row [(ms, compile seconds, peer)], the fastest first."""
+    """[(ms, compile seconds, peer)] of the peers that compare with our row, the fastest first."""
     what, sizes = COMPARED[name]
     found = []
     for peer in peers:
@@ -121,7 +121,7 @@ def theirs(peers, name):
 
 
 def peers_table(ours, peers):
-    """Ours beside theirs at the same sizes; times as often as ours is fitted into the fastest."""
+    """Our times beside the peers' at equal sizes; ratio: the fastest peer's time over ours."""
     names = ["", "ours, ms (compiling, s)", "theirs, ms", "ratio", "ratio on two cores"]
     one, rows, notes = by_name(ours[1]), [], []
     for name in COMPARED:
@@ -143,7 +143,7 @@ def peers_table(ours, peers):
 
 
 def summary_table(ours, peers):
-    """One update of each algorithm on one core, beside the fastest other code at the same sizes."""
+    """One update of each algorithm on one core, beside the fastest peer at equal sizes."""
     names = ["one update, one core", "ms", "share of the machine's rate", "fastest other code, ms"]
     one, rows = by_name(ours[1]), []
     for name in ("bc", "iql", "awac", "cql", "combo", "dt", "diffuser"):
