@@ -36,7 +36,7 @@ import tyro
 
 from benchmarks.faults import fuzz
 from common import datasets, evaluation, experiment
-from common.datasets import cache, sources
+from common.datasets import cache
 from common.experiment import checkpoint, files, folders, plots, runtime
 
 RUN_FILES = (
@@ -174,6 +174,7 @@ class World:
 
     def __init__(self, folder):
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        os.environ["MINARI_DATASETS_PATH"] = str(folder / "home")
         sys.argv = ["bc.py"]
         facts = runtime.machine()
         runtime.machine = lambda: facts  # asks git
@@ -191,7 +192,7 @@ class World:
         self.minari = make_minari(folder / "minari/data")
         self.cached = folder / "cached"
         self.arrays = {name: getattr(self.data, name) for name in cache.ARRAYS}
-        about = {"env_id": "", "ref_min": None, "ref_max": None, "provenance": {"notes": []}}
+        about = dict.fromkeys(cache.ABOUT, "") | {"notes": []}
         cache.write(self.cached / "x", self.arrays, about)
         places = {"metadata": self.minari.parent, "cache": self.cached / "x"}
         self.places = {"resume": self.run, "score": self.run, **places}
@@ -243,7 +244,11 @@ class World:
         return "read", ""
 
     def metadata(self, copy):
-        datasets.read(sources.Source(copy / "main_data.hdf5", "Minari"), "")
+        home = self.folder / "home/mine/x-v0"
+        if not home.exists():
+            home.mkdir(parents=True)
+            (home / "data").symlink_to(copy)
+        datasets.load("mine/x-v0")
         return "read", ""
 
     def cache(self, copy):

@@ -670,6 +670,13 @@ def test_resuming_any_folder_ends_in_one_message(half, name):
     assert tree(half) == before
 
 
+def test_another_header_of_the_metrics_is_one_message(half):
+    path = half / "metrics.csv"
+    path.write_text(path.read_text().replace("loss", "los", 1))
+    with pytest.raises(experiment.RunError, match="metrics.csv has the columns step,seed,.*los,"):
+        resume(half)
+
+
 def test_scoring_a_whole_folder(scored, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(scored.parent))
     monkeypatch.setattr(gymnasium.registry["Toy-v0"], "max_episode_steps", 3)
