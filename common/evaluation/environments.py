@@ -180,6 +180,8 @@ def make_raw(env_id, **kwargs):
             env = FlatMaze(env, None if "maze_map" in options else goal_cell(name))
         elif has_goal(env.observation_space):
             env = FlatGoal(env)
+        elif is_dict_of_vectors(env.observation_space):
+            env = gymnasium.wrappers.FlattenObservation(env)
     except Exception as error:  # an environment's constructor may raise anything
         raise EvaluationError(f"{env_id} cannot be made: {one_line(error)}") from error
     obs, action = env.observation_space, env.action_space
@@ -197,10 +199,14 @@ def is_vector(space):
     return isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
 
 
+def is_dict_of_vectors(space):
+    """Whether a space is that of dicts of vectors."""
+    return isinstance(space, gymnasium.spaces.Dict) and all(map(is_vector, space.values()))
+
+
 def has_goal(space):
     """Whether an observation space is a goal environment's dict of three vectors."""
-    parts = getattr(space, "spaces", {})
-    return set(parts) == set(GOAL_NAMES) and all(map(is_vector, parts.values()))
+    return is_dict_of_vectors(space) and set(space) == set(GOAL_NAMES)
 
 
 def register(name):
