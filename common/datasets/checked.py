@@ -141,7 +141,7 @@ class CheckedFile:
         """Observations (N, D). A dict of a goal environment gives `observation` and `desired_goal`.
 
         If `observation` lacks the position, as in AntMaze, `achieved_goal` comes first. Another
-        dict gives its vectors in the order of their names, as Gymnasium flattens them.
+        dict gives its vectors in the order of their names.
         """
         group = self.item(field)
         if isinstance(group, h5py.Group) and "achieved_goal" not in group:
