@@ -58,6 +58,7 @@ TUNED = {
 class Config:
     env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
+    env_module: str = ""  # Python module of yours to import, which registers the environment
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 3_000_000  # gradient steps

@@ -47,6 +47,8 @@ def resolve(cfg, tuned=None, dataset=None):
     """
     if "--resume=" in sys.argv or ("--resume", "") in itertools.pairwise(sys.argv):
         raise RunError("--resume '': needs a run folder.")
+    if sum(word.partition("=")[0] == "--env" for word in sys.argv[1:]) > 1:
+        raise RunError("--env: one dataset a run; datasets.from_arrays joins several in Python.")
     runtime.last_words = f"{cfg.resume} is as it was." if cfg.resume else "Nothing is saved yet."
     runtime.open_streams()
     if dataset is None:  # called by a command, not by a notebook
