@@ -23,6 +23,8 @@ SHORT = ["--num-updates", "100", "--eval-every", "50", "--eval-episodes", "2"]
 EXTRA = {
     "awr": "--actor-steps 25 --critic-steps 5".split(),
     "diffuser": "--width 16 --multiples 1 2 --horizon 4 --samples 2 --ddim-steps 2".split(),
+    "edac": "--widths 32 32 --num-critics 3".split(),
+    "rebrac": "--widths 32 32".split(),
     "dt": "--width 16 --layers 1 --context 5".split(),
     "combo": (
         "--widths 32 32 --max-epochs 1 --model-widths 32 32 --model-decay 0 0 0"
