@@ -67,7 +67,8 @@ class Records:
         header = ",".join(["step", "seed", *columns])
         if self._lines and self._lines[0] != header:
             kind = RunError if self._reopened else ValueError
-            raise kind(f"{self._folder}: metrics.csv has the columns {self._lines[0]}, not {header}")
+            columns = f"metrics.csv has the columns {self._lines[0]}, not {header}"
+            raise kind(f"{self._folder}: {columns}")
         self._lines = self._lines or [header]
         for row in zip(self._seeds, *columns.values(), strict=True):
             self._lines.append(",".join(map(str, (step, *row))))
