@@ -5,7 +5,8 @@
 
 A kind is a section of that file, a case is a test of it. `before` counts the cases that passed at
 the commit `before_commit`, before the faults were mended: the same tests in a checkout of it, with
-common/experiment/files.py copied there and twelve seconds for each. To
+common/experiment/files.py copied there for its imports alone (tests of it count as failed) and
+twelve seconds for each. A case also fails where a message says something else. To
 benchmarks/results/harm.json.
 """
 
