@@ -631,9 +631,9 @@ ANY = {
     "divergence of another kind": (content("diverged.json", '{"0": 1}'), "diverged.json"),
 }  # fmt: skip
 SCORED = ANY | {
-    "no env_id": (without("env_id"), "'' is not an environment"),
+    "no env_id": (without("env_id"), "has no environment to score on"),
     "another env_id": (about(env_id="Pendulum-v1"), "Pendulum-v1 has 3 observations and 1 actions"),
-    "a module's env_id": (about(env_id="os:x-v0"), "is not an environment"),
+    "a module's env_id": (about(env_id="os:x-v0"), "unknown environment"),
     "returns that are cut": (content("returns.json", '{"10": [[1'), "returns.json is damaged"),
     "a list of returns": (content("returns.json", "[1]"), "returns.json is damaged"),
     "ragged returns": (content("returns.json", '{"30": [[1], [1, 2]]}'), "returns.json is damaged"),
