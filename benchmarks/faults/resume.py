@@ -222,4 +222,6 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    child(*sys.argv[2:]) if sys.argv[1:2] == ["child"] else main(tyro.cli(Config))
+    child(*sys.argv[2:]) if sys.argv[1:2] == ["child"] else main(
+        tyro.cli(Config, description=__doc__)
+    )
