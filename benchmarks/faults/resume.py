@@ -222,6 +222,7 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    child(*sys.argv[2:]) if sys.argv[1:2] == ["child"] else main(
-        tyro.cli(Config, description=__doc__)
-    )
+    if sys.argv[1:2] == ["child"]:
+        child(*sys.argv[2:])
+    else:
+        main(tyro.cli(Config, description=__doc__))
