@@ -58,6 +58,7 @@ TUNED = {
 class Config:
     env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
+    env_module: str = ""  # Python module of yours to import, which registers the environment
     seed: int = 0  # first seed
     num_seeds: int = 1  # seeds trained together under vmap
     num_updates: int = 3_000_000  # gradient steps
@@ -295,7 +296,7 @@ def policy(cfg):
     return evaluation.stateless(act)
 
 
-def check(cfg):
+def check(cfg, dataset):
     """SystemExit if there is no second critic to differ from."""
     if cfg.eta and cfg.num_critics < 2:
         raise SystemExit(f"--num-critics {cfg.num_critics}: must be at least 2, or --eta 0.")
@@ -304,7 +305,7 @@ def check(cfg):
 def train(cfg, dataset):
     """Trains `cfg.num_seeds` policies on a Dataset; their State, seeds on axis 0."""
     cfg = experiment.resolve(cfg, TUNED, dataset)
-    check(cfg)
+    check(cfg, dataset)
     run = experiment.Run(cfg, dataset)
     data = dataset.transitions()
 
@@ -329,7 +330,7 @@ def train(cfg, dataset):
 
 
 def main(cfg: Config):
-    cfg = experiment.resolve(cfg)  # --resume: the run's own config
+    cfg = experiment.resolve(cfg, TUNED)  # --resume: the run's own config
     train(cfg, datasets.load(cfg.env, cfg.env_id))
 
 

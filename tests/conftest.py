@@ -39,6 +39,14 @@ def pytest_configure(config):
         os.environ[name.upper()] = str(value)
 
 
+@pytest.fixture
+def optimised():
+    """What a test compiles, a user's optimisations and all."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def clear_programs():
     """Programs of one file are of no use to the next, and would fill the memory."""

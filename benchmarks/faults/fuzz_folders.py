@@ -175,7 +175,7 @@ class World:
 
     def __init__(self, folder):
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
-        os.environ["MINARI_DATASETS_PATH"] = str(folder)
+        os.environ["MINARI_DATASETS_PATH"] = str(folder / "home")
         sys.argv = ["bc.py"]
         facts = runtime.machine()
         runtime.machine = lambda: facts  # asks git
@@ -245,11 +245,11 @@ class World:
         return "read", ""
 
     def metadata(self, copy):
-        place = self.folder / "own/copy-v0"
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        copy.rename(place / "data")
-        datasets.load("own/copy-v0")
+        home = self.folder / "home/mine/x-v0"
+        if not home.exists():
+            home.mkdir(parents=True)
+            (home / "data").symlink_to(copy)
+        datasets.load("mine/x-v0")
         return "read", ""
 
     def cache(self, copy):

@@ -5,7 +5,8 @@
 
 A kind is a section of that file, a case is a test in it. `before` counts the cases that passed at
 the commit `before_commit`, before the faults were fixed: the same tests in a checkout of it, with
-common/experiment/files.py copied there and twelve seconds for each. Writes
+twelve seconds for each and common/experiment/files.py copied there for its imports (tests of it
+count as failed). A case also fails if a message has other words. Writes
 benchmarks/results/harm.json.
 """
 

@@ -43,8 +43,8 @@ PEER = dict(
     environment="torch==2.13.0 numpy tqdm",
 )
 DIFFERS = {
-    "critic gradient, reshape lost": "a reshape lost there leaves 3",
-    "critic gradient, policy first": "take the policy from before its step",
+    "critic gradient, reshape lost": "since the result of a reshape is lost",
+    "critic gradient, policy first": "updated with the policy from before its own update",
 }
 UPDATES, EPOCHS, ROWS, OBS, ACTION = 3, 3, 80, 3, 2
 # Large steps, so that a few updates show; num_updates is short, so that the policy's rate falls.
@@ -472,7 +472,7 @@ def our_updates(inputs):
     state = state.replace(
         **{name: started(getattr(state, name), params[name]) for name in NETS},
         target={"params": jax.tree.map(jnp.asarray, params["target"])},
-        **dict.fromkeys(("obs_mean", "obs_std", "dynamics", "ring")),  # an update needs none
+        **dict.fromkeys(("obs_mean", "obs_std", "dynamics", "buffer")),  # an update needs none
     )
     out, batches = {}, unflatten(inputs, "batch")
     for t, key in enumerate(keys(3, UPDATES)):

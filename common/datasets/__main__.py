@@ -122,6 +122,7 @@ def main(
     data = datasets.load(name, env_id)
     show(data)
     if plot:
+        plot.parent.mkdir(parents=True, exist_ok=True)
         draw(data, plot)
 
 

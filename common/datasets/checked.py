@@ -4,6 +4,7 @@ Only numbers stored in the file itself are read: no pickles, no links, no code. 
 compared with the size of the file before memory is allocated.
 """
 
+import contextlib
 import hashlib
 import math
 import re
@@ -36,7 +37,7 @@ class CheckedFile:
             with open(path, "rb") as file:
                 head = file.read(8)
             if head != MAGIC:
-                raise DatasetError(f"{path}: not an HDF5 file (it begins with {head!r})")
+                raise DatasetError(f"{path}: {what_else(path, head)}")
             self.bytes = path.stat().st_size
             self.file = h5py.File(path, "r", locking=False)
         except Exception as error:  # h5py raises many kinds for a damaged file, here and below
@@ -54,6 +55,13 @@ class CheckedFile:
     def refusal(self, field, why):
         """The DatasetError for a field."""
         return DatasetError(f"{self.path}: {field}: {why}")
+
+    def missing(self):
+        """What to say of an absent field: the names that the file has instead."""
+        with contextlib.suppress(Exception):
+            names = [name for name, _ in zip(self.file, range(8), strict=False)]
+            return f"missing; the file has {', '.join(names) or 'nothing'}"
+        return "missing"
 
     def episodes(self):
         """Names of Minari's episodes, groups at the top of the file, in order."""
@@ -83,14 +91,16 @@ class CheckedFile:
         """Numbers at `field`, of their own dtype, `ndim` axes; only the first may have length 0."""
         item = self.item(field)
         if not isinstance(item, h5py.Dataset):
-            raise self.refusal(field, "missing" if item is None else "a group, not an array")
+            raise self.refusal(field, self.missing() if item is None else "a group, not an array")
         try:
             if item.is_virtual or item.external:
                 raise self.refusal(field, "its data are in other files, which are not opened")
             if item.dtype.kind not in "fiub":
                 raise self.refusal(field, f"holds {item.dtype} values, not numbers")
-            if item.shape is None or len(item.shape) != ndim or 0 in item.shape[1:]:
-                raise self.refusal(field, f"has shape {item.shape}, needs {ndim} axes")
+            shape = item.shape
+            is_column = ndim == 1 and shape is not None and len(shape) == 2 and shape[1] == 1
+            if not is_column and (shape is None or len(shape) != ndim or 0 in shape[1:]):
+                raise self.refusal(field, wrong_shape(shape, item.dtype, ndim))
             size = math.prod(item.shape)
             need = item.dtype.itemsize * max(size, math.prod(item.chunks or (1,)))
             if need > DEFLATE * self.bytes + 2**16 or need > self.left:
@@ -100,7 +110,8 @@ class CheckedFile:
                     f"this machine has memory for {self.left:,}",
                 )
             self.left -= need
-            return hdf5.array(self.path, item)
+            values = hdf5.array(self.path, item)
+            return values[:, 0] if is_column else values
         except hdf5.NotStored as error:
             raise self.refusal(field, str(error)) from None
         except Exception as error:
@@ -129,9 +140,16 @@ class CheckedFile:
     def obs(self, field, env):
         """Observations (N, D). A dict of a goal environment gives `observation` and `desired_goal`.
 
-        If `observation` lacks the position, as in AntMaze, `achieved_goal` comes first.
+        If `observation` lacks the position, as in AntMaze, `achieved_goal` comes first. Another
+        dict gives its vectors in the order of their names.
         """
-        if isinstance(self.item(field), h5py.Group):
+        group = self.item(field)
+        if isinstance(group, h5py.Group) and "achieved_goal" not in group:
+            parts = [self.array(f"{field}/{name}", 2) for name in sorted(group)]
+            if not parts or len(set(map(len, parts))) > 1:
+                raise self.refusal(field, "its parts differ in length, or there are none")
+            values = np.concatenate(parts, 1)
+        elif isinstance(group, h5py.Group):
             names = ("achieved_goal", "observation", "desired_goal")
             place, seen, goal = (self.array(f"{field}/{name}", 2) for name in names)
             if len({len(place), len(seen), len(goal)}) > 1:
@@ -179,3 +197,23 @@ class CheckedFile:
         if len(set(sizes.values())) > 1:
             rows = ", ".join(f"{field} {size:,}" for field, size in sizes.items())
             raise DatasetError(f"{self.path}: numbers of rows differ: {rows}")
+
+
+def what_else(path, head):
+    """Why a file that does not begin as HDF5 does is not read."""
+    for start in (512, 1024, 2048, 4096, 8192):
+        with open(path, "rb") as file:
+            file.seek(start)
+            if file.read(8) == MAGIC:
+                how = "`h5unjam -i OLD -u BLOCK -o NEW.hdf5` takes it away"
+                return f"an HDF5 file behind a user block of {start} bytes: {how}"
+    return f"not an HDF5 file (it begins with {head!r})"
+
+
+def wrong_shape(shape, dtype, ndim):
+    """What to say of an array with another number of axes than `ndim`."""
+    if ndim == 2 and shape is not None and len(shape) == 1 and dtype.kind in "iub":
+        return f"has shape {shape} and whole numbers: discrete actions or states are not read"
+    if ndim == 2 and shape is not None and len(shape) > 2:
+        return f"has shape {shape}: images are not read, only vectors (N, D)"
+    return f"has shape {shape}, needs {ndim} axes"

@@ -14,6 +14,11 @@ import numpy as np
 
 GZIP, SHUFFLE, FLETCHER32 = 1, 2, 3  # HDF5's numbers of the supported filters
 
+NAMES = {
+    1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset",
+    32000: "lzf", 32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2",
+}  # fmt: skip
+
 
 class NotStored(ValueError):
     """An array that is incomplete or stored in a way that is not supported."""
@@ -34,17 +39,22 @@ def array(path, item):
         with open(path, "rb") as file:
             values = np.fromfile(file, kind, item.size, offset=item.id.get_offset())
         return values.reshape(item.shape)
+    if how.get_layout() == h5py.h5d.COMPACT:
+        why = "lies in the file's header (compact storage)"
+        raise NotStored(f"{why}: `h5repack -l CONTI OLD.hdf5 NEW.hdf5` writes a file that is read")
     if how.get_layout() != h5py.h5d.CHUNKED:
         raise NotStored("is declared but was never written")
     filters = [how.get_filter(i) for i in range(how.get_nfilters())]
     names = [name for name, *_ in filters]
     if set(names) - {GZIP, SHUFFLE, FLETCHER32} or len(set(names)) < len(names):
-        why = "supported are gzip, shuffle and fletcher32, each once"
-        raise NotStored(f"has HDF5 filters {names}: {why}")
+        told = ", ".join(NAMES.get(name, str(name)) for name in names)
+        how = "`h5repack -f GZIP=4 OLD.hdf5 NEW.hdf5` writes a file that is read"
+        raise NotStored(f"is packed by {told}; only gzip, shuffle and fletcher32 are read: {how}")
     values, step, chunks = np.empty(item.shape, kind), item.chunks, []
     grid = [range(0, n, size) for n, size in zip(item.shape, step, strict=True)]
     if item.id.get_num_chunks() != math.prod(map(len, grid)):
-        raise NotStored("a chunk was never written")
+        why = "a recorder reserved more rows than it filled? Cut the arrays to those"
+        raise NotStored(f"a chunk was never written ({why})")
     item.id.chunk_iter(chunks.append)
     if {chunk.chunk_offset for chunk in chunks} != set(itertools.product(*grid)):
         raise NotStored("its chunks do not cover the array")

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from common.datasets.checked import CheckedFile, DatasetError
+from common.datasets.checked import CheckedFile, DatasetError, wrong_shape
 
 FIELDS = {  # D4RL's name of a field: the argument of datasets.from_arrays
     "observations": "obs",
@@ -48,8 +48,10 @@ class Arrays(CheckedFile):
             raise self.refusal(field, "missing")
         if x.dtype.kind not in "fiub":
             raise self.refusal(field, f"holds {x.dtype} values, not numbers")
+        if ndim == 1 and x.ndim == 2 and x.shape[1] == 1:
+            return x[:, 0]
         if x.ndim != ndim or 0 in x.shape[1:]:
-            raise self.refusal(field, f"has shape {x.shape}, needs {ndim} axes")
+            raise self.refusal(field, wrong_shape(x.shape, x.dtype, ndim))
         return x
 
     def same_length(self, sizes):

@@ -1,5 +1,7 @@
 """The layouts of files, read into rows: D4RL's flat arrays and Minari's episodes."""
 
+import sys
+import time
 from typing import NamedTuple
 
 import numpy as np
@@ -83,8 +85,11 @@ def read_minari(file: CheckedFile, env: Env) -> Rows:
     names = file.episodes()
     if not names:
         raise file.refusal("episode_0", "missing: at least one episode is needed")
-    episodes = []
+    episodes, shown = [], time.monotonic()
     for name in names:
+        if time.monotonic() - shown > 5:
+            shown = time.monotonic()
+            print(f"{file.path}: {len(episodes):,} of {len(names):,} episodes", file=sys.stderr)
         obs = file.obs(f"{name}/observations", env)
         action = file.actions(f"{name}/actions", env)
         reward = file.array(f"{name}/rewards", 1)

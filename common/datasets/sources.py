@@ -33,6 +33,8 @@ def find(name: str, env_id: str = "") -> tuple[Source, str]:
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise DatasetError(f"{path.absolute()}: a pipe or a device, not a file.")
+        if found := minari_path(path):
+            return Source(found, "Minari", env_id), "local file"
         if path.suffix in (".hdf5", ".h5") and not path.is_file():
             what = "a folder, not a file" if path.is_dir() else "no such file"
             moved = "If it has moved, --env tells the new place, with --resume too."
@@ -77,6 +79,34 @@ def find_d4rl(name, source):
     raise unavailable(name, tried, file, folders)
 
 
+def minari_path(path):
+    """The HDF5 file of a Minari dataset whose folder, or file, is `path`; None for another path."""
+    for file in (path, path / "main_data.hdf5", path / "data/main_data.hdf5"):
+        if file.name == "main_data.hdf5" and file.is_file():
+            if not file.with_name("metadata.json").is_file():
+                raise old_minari(file)
+            return file.absolute()
+    if any((path / sub / "metadata.json").is_file() for sub in (".", "data")):
+        raise other_minari(path)
+    return None
+
+
+def old_minari(file):
+    """The DatasetError for a Minari dataset without metadata.json."""
+    return DatasetError(
+        f"{file}: a Minari dataset from before version 0.5, without metadata.json. Download it "
+        "again, or read it with h5py and call datasets.from_arrays."
+    )
+
+
+def other_minari(folder):
+    """The DatasetError for a Minari dataset without main_data.hdf5."""
+    return DatasetError(
+        f"{folder}: a Minari dataset without main_data.hdf5, probably in its arrow format. Only "
+        "HDF5 is read: load it with minari and call datasets.from_arrays."
+    )
+
+
 def minari_folder():
     """The folder in which minari keeps its datasets."""
     return Path(os.path.expanduser(os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets"))
@@ -86,8 +116,13 @@ def local_minari(name):
     """(HDF5 file, origin) of a Minari dataset that is bundled or in minari's folder, or None."""
     for folder, origin in ((BUNDLED, "bundled"), (minari_folder(), "local file")):
         data = folder / name / "data"
-        if (data / "metadata.json").is_file() and (data / "main_data.hdf5").is_file():
+        has = [(data / file).is_file() for file in ("metadata.json", "main_data.hdf5")]
+        if all(has):
             return data / "main_data.hdf5", origin
+        if has[1]:
+            raise old_minari(data / "main_data.hdf5")
+        if has[0] and any(data.glob("*.parquet")) | any(data.glob("**/*.arrow")):
+            raise other_minari(data)
     return None
 
 

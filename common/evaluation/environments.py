@@ -106,18 +106,21 @@ def goal_cell(env_id):
     return GOALS.get(size.removesuffix("Dense")) if kind == "PointMaze" else None
 
 
-class FlatGoal(gymnasium.Wrapper):
-    """A goal environment whose dict observations become vectors (position, observation, goal).
+class FlatDict(gymnasium.Wrapper):
+    """An environment whose dict observations become vectors: its parts, sorted by their names.
 
-    The position, `achieved_goal`, is left out if `observation` begins with it.
+    A goal environment's are (position, observation, goal); the position, `achieved_goal`, is left
+    out if `observation` begins with it.
     """
 
     def __init__(self, env):
         super().__init__(env)
         obs, _ = env.reset(seed=0)
-        place, seen = obs["achieved_goal"], obs["observation"]
-        located = np.array_equal(seen[: len(place)], place)
-        self._names = ("observation", "desired_goal") if located else GOAL_NAMES
+        self._names = sorted(obs)
+        if has_goal(env.observation_space):
+            place, seen = obs["achieved_goal"], obs["observation"]
+            located = np.array_equal(seen[: len(place)], place)
+            self._names = ("observation", "desired_goal") if located else GOAL_NAMES
         size = sum(len(obs[name]) for name in self._names)
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,))
 
@@ -178,8 +181,8 @@ def make_raw(env_id, **kwargs):
             with contextlib.suppress(OSError):  # each environment leaves a copy of its model
                 os.unlink(env.unwrapped.tmp_xml_file_path)
             env = FlatMaze(env, None if "maze_map" in options else goal_cell(name))
-        elif has_goal(env.observation_space):
-            env = FlatGoal(env)
+        elif is_dict_of_vectors(env.observation_space):
+            env = FlatDict(env)
     except Exception as error:  # an environment's constructor may raise anything
         raise EvaluationError(f"{env_id} cannot be made: {one_line(error)}") from error
     obs, action = env.observation_space, env.action_space
@@ -197,10 +200,14 @@ def is_vector(space):
     return isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
 
 
+def is_dict_of_vectors(space):
+    """Whether a space is that of dicts of vectors."""
+    return isinstance(space, gymnasium.spaces.Dict) and all(map(is_vector, space.values()))
+
+
 def has_goal(space):
     """Whether an observation space is a goal environment's dict of three vectors."""
-    parts = getattr(space, "spaces", {})
-    return set(parts) == set(GOAL_NAMES) and all(map(is_vector, parts.values()))
+    return is_dict_of_vectors(space) and set(space) == set(GOAL_NAMES)
 
 
 def register(name):

@@ -38,8 +38,9 @@ def film(policy, env_id, path, episodes=1, seed=0):
         env.render()
     except Exception as error:  # OpenGL libraries fail in many ways
         raise EvaluationError(f"{env_id} cannot be drawn here: {error!r}. {_ADVICE}") from error
-    skip, steps = max(1, round(env.metadata["render_fps"] / 30)), itertools.count()
-    fps = env.metadata["render_fps"] / skip
+    rate = env.metadata.get("render_fps", 30)
+    skip, steps = max(1, round(rate / 30)), itertools.count()
+    fps = rate / skip
     path.parent.mkdir(parents=True, exist_ok=True)
     options = {"fps": fps} if path.suffix == ".mp4" else {"duration": 1000 / fps, "loop": 0}
     with warnings.catch_warnings(), env, imageio.get_writer(path, **options) as video:

@@ -47,6 +47,8 @@ def resolve(cfg, tuned=None, dataset=None):
     """
     if "--resume=" in sys.argv or ("--resume", "") in itertools.pairwise(sys.argv):
         raise RunError("--resume '': needs a run folder.")
+    if sum(word.partition("=")[0] == "--env" for word in sys.argv[1:]) > 1:
+        raise RunError("--env: one dataset a run; datasets.from_arrays joins several in Python.")
     runtime.last_words = f"{cfg.resume} is as it was." if cfg.resume else "Nothing is saved yet."
     runtime.open_streams()
     if dataset is None:  # called by a command, not by a notebook
@@ -55,6 +57,8 @@ def resolve(cfg, tuned=None, dataset=None):
     runtime.import_own(getattr(cfg, "env_module", ""))
     if dataset is not None:
         cfg = dataclasses.replace(cfg, env=dataset.name)
+        if not _is_known(dataset.name):  # a file, which the command line is told its environment of
+            cfg = dataclasses.replace(cfg, env_id=dataset.env_id)
     cfg = _filled(cfg, tuned or {}, told=dataset is not None)
     _in_range(cfg, f"{cfg.resume}/config.json: " if cfg.resume else "")  # nobody typed it
     if dataset is not None:
@@ -92,7 +96,7 @@ def _in_range(cfg, where):
 
 def _filled(cfg, tuned, told):
     """`cfg` with TUNED's values for its dataset. told: print those that the name decides."""
-    known = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", cfg.env, re.ASCII)
+    known = _is_known(cfg.env)
     words = "-" + re.sub("[^a-z0-9]+", "-", cfg.env.lower()) + "-"
     keys = [key for key in tuned if known and f"-{key}-" in words]
     chosen = {}  # {field: key}
@@ -108,6 +112,11 @@ def _filled(cfg, tuned, told):
     return cfg
 
 
+def _is_known(name):
+    """Whether a dataset's name is D4RL's or a Minari id, not a path."""
+    return re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name, re.ASCII) is not None
+
+
 def _comments(kind):
     """{field: comment} in a Config's source; {} if the source cannot be read."""
     with suppress(OSError, TypeError):
@@ -118,14 +127,17 @@ def _comments(kind):
 
 def _range(field, comment):
     """(the range in words, a test of a number) for a field."""
+    name, default, kinds = field.name, field.default, str(field.type)
+    is_int = "int" in kinds and "float" not in kinds
     if declared := re.search(r"in ([\[(])(\S+), (\S+)([])])$", comment.strip()):
         left, low, high, right = declared.groups()
+        if is_int and high == "inf":
+            high, right = str(INT32), "]"
         above = (lambda x: x >= float(low)) if left == "[" else (lambda x: x > float(low))
         below = (lambda x: x <= float(high)) if right == "]" else (lambda x: x < float(high))
         words = [f"{WORDS[left]} {low}", *([f"{WORDS[right]} {high}"] if high != "inf" else [])]
         return ", ".join(words), lambda x: above(x) and below(x)
-    name, default, kinds = field.name, field.default, str(field.type)
-    if "int" in kinds and "float" not in kinds:
+    if is_int:
         sizes = default if isinstance(default, tuple) else (default or 0,)
         low, high = SHARED.get(name, (int(default != 0), 16_384 if max(sizes) <= 1_000 else INT32))
         return f"from {low} to {high:,}", lambda x: low <= x <= high

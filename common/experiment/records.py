@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from common.experiment import files
+from common.experiment.checkpoint import RunError
 
 TIMING = ("seconds", "updates_per_second")  # last columns, the only ones that differ between runs
 
@@ -31,13 +32,15 @@ class Records:
 
     def __init__(self, folder, seeds):
         self._folder, self._seeds = folder, seeds
+        self._reopened = False
         self._lines, self._returns = [], {}  # lines: of metrics.csv, the header first
 
     def reopen(self, step, chunk, episodes):
         """Reads what was recorded up to `step`; later rows are made again.
 
-        chunk: updates between two rows of a seed. episodes: of one seed's evaluation. Raises
-        FileNotFoundError, and ValueError, TypeError or IndexError for damaged content.
+        chunk: updates between two rows of a seed. episodes: of one seed's evaluation, 0 if there
+        was none by then. Raises FileNotFoundError, and ValueError, TypeError or IndexError for
+        damaged content.
         """
         header, *lines = files.read(self._folder / "metrics.csv").decode("utf-8").splitlines()
         lines = [line for line in lines if int(line.split(",")[0]) <= step]
@@ -45,9 +48,9 @@ class Records:
         count = step // chunk * len(self._seeds)
         if len(table) != count or (count and table.shape[1] != len(header.split(","))):
             raise ValueError(f"not {count} whole rows up to step {step}")
-        returns = read_returns(self._folder, len(self._seeds), episodes)
+        returns = read_returns(self._folder, len(self._seeds), episodes) if episodes else {}
         returns = {at: x for at, x in returns.items() if int(at) <= step}
-        self._lines, self._returns = [header, *lines], returns
+        self._lines, self._returns, self._reopened = [header, *lines], returns, True
 
     @property
     def empty(self):
@@ -63,7 +66,9 @@ class Records:
         """Appends a row for each seed. columns: {name: (S,)}, the same names at every call."""
         header = ",".join(["step", "seed", *columns])
         if self._lines and self._lines[0] != header:
-            raise ValueError(f"metrics.csv has the columns {self._lines[0]}, not {header}")
+            kind = RunError if self._reopened else ValueError
+            columns = f"metrics.csv has the columns {self._lines[0]}, not {header}"
+            raise kind(f"{self._folder}: {columns}")
         self._lines = self._lines or [header]
         for row in zip(self._seeds, *columns.values(), strict=True):
             self._lines.append(",".join(map(str, (step, *row))))

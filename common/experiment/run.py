@@ -69,7 +69,8 @@ class Run:
             raise RunError(f"{self.folder} cannot be written to.")
         how = "Restore it from a copy, or start a new run"
         try:
-            self._records.reopen(self.step, self.cfg.log_every, self.cfg.eval_episodes)
+            episodes = self.cfg.eval_episodes if self.step >= self.cfg.eval_every else 0
+            self._records.reopen(self.step, self.cfg.log_every, episodes)
             self._divergence.reopen(self.step)
         except FileNotFoundError as error:
             if self.step:

@@ -147,7 +147,7 @@ def test_monte_carlo_returns_are_those_of_the_dataset(state):
     arrays = [np.asarray(x) for x in data.rows]
     whole = datasets.Dataset("mine", "", *arrays, start, np.array(LENGTHS), None, None, {})
     found, _ = LABEL(state, data, replace(CFG, lam=1.0))
-    np.testing.assert_allclose(found, whole.steps(CFG.gamma).to_go, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found, whole.steps(CFG.gamma).returns_to_go, rtol=1e-5, atol=1e-6)
 
 
 def test_an_episode_is_labelled_by_itself(state, data):

@@ -1,46 +1,22 @@
-"""The real command line on real, bundled data, as a user types it."""
+"""The real command line in processes of its own, on real, bundled data, as a user types it.
+
+test_all.py has every file's command line in one process.
+"""
 
 import csv
-import dataclasses
-import importlib
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-import tyro
+import tiny
+from commands import ROOT, command, start
 
-ROOT = Path(__file__).parents[2]
-NAMES = [path.stem for path in sorted((ROOT / "algorithms").glob("*.py"))]
 SHORT = ["--num-updates", "100", "--eval-every", "50", "--eval-episodes", "2"]
-EXTRA = {
-    "awr": "--actor-steps 25 --critic-steps 5".split(),
-    "rvs": "--batch-size 256 --widths 32 32".split(),
-    "diffuser": "--width 16 --multiples 1 2 --horizon 4 --samples 2 --ddim-steps 2".split(),
-    "dt": "--width 16 --layers 1 --context 5".split(),
-    "combo": (
-        "--widths 32 32 --max-epochs 1 --model-widths 32 32 --model-decay 0 0 0"
-        " --rollout-every 25 --rollout-batch 1000"
-    ).split(),
-}
-
-
-def command(*words, cwd, script=ROOT / "algorithms"):
-    """Runs `python <script>/<words>`, or `python <words>`, in `cwd`: (code, stdout, stderr)."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
-    if cwd != ROOT:
-        environment["XDG_CACHE_HOME"] = str(cwd / "cache")
-    words = [str(script / words[0]), *words[1:]] if script else words
-    line = [sys.executable, *words]
-    done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+KINDS = "iql combo dt diffuser".split()  # of rows, a model, a sequence, plans
 
 
 def rows(folder):
@@ -49,18 +25,18 @@ def rows(folder):
         return list(csv.DictReader(f)), path.parent
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_trains_on_bundled_data_from_any_folder(name, tmp_path):
+def trains_on_bundled_data(name, folder, home=None):
     """100 updates of two seeds on real hopper data: finite metrics, returns, checkpoint, curve.
 
     Another process, which knows the folder alone, scores it to the same bits.
     """
-    code, out, err = command(
-        f"{name}.py", *SHORT, "--num-seeds", "2", *EXTRA.get(name, []), cwd=tmp_path
+    small = tiny.settings(name) | dict(
+        num_updates=100, log_every=50, eval_every=50, eval_episodes=2, batch_size=64
     )
+    code, out, err = command(f"{name}.py", *tiny.flags(small), cwd=folder, home=home)
     assert code == 0, err
     assert "Warning" not in err
-    table, run = rows(tmp_path)
+    table, run = rows(folder)
     assert {(row["step"], row["seed"]) for row in table} == {
         (step, seed) for step in ("50", "100") for seed in ("0", "1")
     }
@@ -71,50 +47,23 @@ def test_trains_on_bundled_data_from_any_folder(name, tmp_path):
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "updates/s" in out
 
-    code, out, err = command("-m", "common.evaluation", str(run), cwd=ROOT, script=None)
+    words = "-m", "common.evaluation", run
+    code, out, err = command(*words, cwd=ROOT, script=None, home=home)
     assert code == 0, err
     assert out.count("2 episodes of Hopper-v5") == 2
     assert out.endswith("Bit for bit what training recorded.\n")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_flag_parses(name):
-    """Each field by its flag, with another value of its own type than the default."""
-    module = importlib.import_module(name)
-    for field in dataclasses.fields(module.Config):
-        flag, value = "--" + field.name.replace("_", "-"), field.default
-        kind = str(field.type)
-        if value is True or (value is None and "bool" in kind):
-            words, expected = ["--no-" + flag[2:]], False
-            if value is None:
-                words, expected = [flag, "False"], False
-        elif value is False:
-            words, expected = [flag], True
-        elif "Literal" in kind:
-            expected = next(v for v in field.type.__args__ if v != value)
-            words = [flag, expected]
-        elif value is None and "tuple" in kind:
-            expected = (2, 3) if "int" in kind else (0.125, 3.0)
-            words = [flag, *map(str, expected)]
-        elif isinstance(value, tuple):
-            expected = tuple(2 * v for v in value)
-            words = [flag, *map(str, expected)]
-        elif isinstance(value, int):
-            words, expected = [flag, str(value + 3)], value + 3
-        elif isinstance(value, float) or (value is None and "float" in kind):
-            words, expected = [flag, "0.125"], 0.125
-        elif value is None:
-            words, expected = [flag, "3"], 3
-        else:
-            words, expected = [flag, "else"], "else"
-        assert getattr(tyro.cli(module.Config, args=words), field.name) == expected, flag
+@pytest.mark.parametrize("name", KINDS)
+def test_trains_on_bundled_data_from_any_folder(name, tmp_path):
+    """One file of each kind; IQL compiled as a user's."""
+    trains_on_bundled_data(name, tmp_path, tmp_path if name == "iql" else None)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_help_shows_every_comment(name, tmp_path):
-    code, out, _ = command(f"{name}.py", "--help", cwd=tmp_path)
-    assert code == 0
-    assert "dataset name, see common/datasets.py" in " ".join(out.replace("│", " ").split())
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny.NAMES)
+def test_every_file_trains_as_a_user_compiles_it(name, tmp_path):
+    trains_on_bundled_data(name, tmp_path, tmp_path)
 
 
 def test_a_copy_beside_common_works_with_a_file(tmp_path):
@@ -150,9 +99,8 @@ def test_killed_and_resumed_it_ends_as_an_uninterrupted_run(tmp_path):
         folder.mkdir()
     assert command("iql.py", *words, cwd=whole)[0] == 0
 
-    line = [sys.executable, str(ROOT / "algorithms/iql.py"), *words]
     with open(tmp_path / "log", "w") as log:
-        running = subprocess.Popen(line, cwd=parts, stdout=log, stderr=log)
+        running = start("iql.py", *words, cwd=parts, stdout=log, stderr=log)
         deadline = time.monotonic() + 120
         while not list(parts.glob("runs/*/*/*/checkpoint")):
             assert running.poll() is None, (tmp_path / "log").read_text()

@@ -214,10 +214,10 @@ def test_values_of_a_dataset(name, num_critics, eta):
 
 
 def test_one_critic_has_none_to_differ_from():
-    edac.check(CFG)
-    edac.check(replace(CFG, num_critics=1, eta=0.0))
+    edac.check(CFG, None)
+    edac.check(replace(CFG, num_critics=1, eta=0.0), None)
     with pytest.raises(SystemExit, match="--num-critics 1: must be at least 2, or --eta 0"):
-        edac.check(replace(CFG, num_critics=1))
+        edac.check(replace(CFG, num_critics=1), None)
 
 
 # --- A bandit with an action that the data never tries ---

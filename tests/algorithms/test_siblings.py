@@ -18,9 +18,9 @@ IDEA |= {"actor_loss", "critic_loss", "value_loss", "model_loss", "advantage"}
 # and these, each text shared by the files between two bars: other kinds of policy and of data.
 # Files that are not named share one text: a new one is named only where it differs from them.
 VERSIONS = {
-    "Actor": "awr | bear | combo cql sac | rebrac td3_bc | rvs",
+    "Actor": "awr | bear | combo cql edac sac | rebrac td3_bc | rvs",
     "Critic": "rebrac",
-    "act": "bcq bear | combo cql sac | diffuser | dt | rebrac td3_bc | rvs",
+    "act": "bcq bear | combo cql edac sac | diffuser | dt | rebrac td3_bc | rvs",
     "policy": "bcq bear | diffuser | dt rvs",
     "minibatch": "awr | diffuser | dt | rvs",
     "train_chunk": "awr | combo | diffuser dt | rebrac td3_bc | rvs",

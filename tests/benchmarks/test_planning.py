@@ -48,7 +48,7 @@ def test_rows_of_other_datasets_stay(tmp_path, monkeypatch):
 
     goalless = (None, SimpleNamespace(goal=False), None)
     monkeypatch.setattr(planning, "measure", measure)
-    monkeypatch.setattr(planning.experiment, "load", lambda run: goalless)
+    monkeypatch.setattr(planning.evaluation, "load", lambda run: goalless)
     for run in ("a1", "b1", "a2"):
         planning.main(planning.Config(runs=(run,), results=str(tmp_path)))
     rows = json.loads((tmp_path / "planning.json").read_text("utf-8"))["rows"]

@@ -73,7 +73,7 @@ def test_the_machines_rate_is_at_least_a_plain_products():
     assert speed.products_rate(products, 0.4) > 0.5 * 2 * 64**3 / plain
 
 
-def test_every_step_of_a_program_goes_to_its_kind_of_work():
+def test_every_step_of_a_program_goes_to_its_kind_of_work(optimised):
     """A product of 2 x 600^3 FLOPs takes longer than all else; each other kind is seen."""
 
     def work(x, w, rows, key):

@@ -633,7 +633,7 @@ ANY = {
 SCORED = ANY | {
     "no env_id": (without("env_id"), "has no environment to score on"),
     "another env_id": (about(env_id="Pendulum-v1"), "Pendulum-v1 has 3 observations and 1 actions"),
-    "a module's env_id": (about(env_id="os:x-v0"), "unknown environment"),
+    "a module's env_id": (about(env_id="os:x-v0"), "unknown environment 'os:x-v0'"),
     "returns that are cut": (content("returns.json", '{"10": [[1'), "returns.json is damaged"),
     "a list of returns": (content("returns.json", "[1]"), "returns.json is damaged"),
     "ragged returns": (content("returns.json", '{"30": [[1], [1, 2]]}'), "returns.json is damaged"),
@@ -668,6 +668,13 @@ def test_resuming_any_folder_ends_in_one_message(half, name):
     expected = message, "is a run of None", "is not the data", "link, a pipe or a device"
     assert any(x in str(error.value) for x in expected), str(error.value)
     assert tree(half) == before
+
+
+def test_another_header_of_the_metrics_is_one_message(half):
+    path = half / "metrics.csv"
+    path.write_text(path.read_text().replace("loss", "los", 1))
+    with pytest.raises(experiment.RunError, match="metrics.csv has the columns step,seed,.*los,"):
+        resume(half)
 
 
 def test_scoring_a_whole_folder(scored, capsys, monkeypatch):

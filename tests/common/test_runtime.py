@@ -39,7 +39,8 @@ print(talk, places)
 def run(words, home, devices=1, **environ):
     """A process with that many CPU devices and a cache of its own."""
     flags = f"--xla_force_host_platform_device_count={devices}"
-    environ = os.environ | {"XLA_FLAGS": flags, "XDG_CACHE_HOME": str(home)} | environ
+    inherited = {name: x for name, x in os.environ.items() if "CACHE" not in name}
+    environ = inherited | {"XLA_FLAGS": flags, "XDG_CACHE_HOME": str(home)} | environ
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environ, capture_output=True, text=True
     )
