@@ -1,20 +1,20 @@
-"""Make offline datasets by D4RL's protocol: train SAC online, then record what it does.
+"""Collects offline datasets by D4RL's protocol: trains SAC online, then records its policies.
+
+    python -m benchmarks.collect --env-id Hopper-v5 --kind medium
 
     random         uniform actions
-    medium         a policy stopped when its return first reaches a third of an expert's
-    medium-replay  everything that the medium policy's training saw, in order
+    medium         the policy whose return first reached a third of an expert's
+    medium-replay  all transitions from the training of the medium policy, in order
     expert         the policy at the end of training
     medium-expert  medium and expert, half each
-    waypoint       PointMaze only: a controller walks to one drawn target after another
+    waypoint       PointMaze only: a controller walks to one random target after another
 
-Actions are sampled, a time limit is a truncation and never a termination. The result is a Minari
+Actions are sampled. A time limit is a truncation, never a termination. The result is a Minari
 dataset with its provenance: `<out>/stillwater/<env>/<kind>-v0/data/{metadata.json,main_data.hdf5}`.
 
-Run: python -m benchmarks.collect --env-id Hopper-v5 --kind medium
-
-All kinds of one environment and seed share one SAC run. Ctrl-C keeps what was trained; the same
-command goes on from there. Soft Actor-Critic: Haarnoja et al. 2018, arXiv:1812.05905; the protocol:
-Fu et al. 2020, arXiv:2004.07219.
+All kinds of one environment and seed share one SAC run. Ctrl-C saves it, and the same command
+continues it. Sources: SAC, Haarnoja et al. 2018, arXiv:1812.05905; the protocol, Fu et al. 2020,
+arXiv:2004.07219.
 """
 
 import itertools
@@ -45,28 +45,28 @@ from flax.training.train_state import TrainState
 from minari.data_collector import EpisodeBuffer
 
 from benchmarks.collect import waypoints
-from common import evaluation
-from common.datasets import REFERENCE
+from common import datasets, evaluation
 
-MADE_BY = {"random": "uniform actions", "waypoint": "waypoint controller"}  # the rest by SAC
+MADE_BY = {"random": "uniform actions", "waypoint": "waypoint controller"}  # the others: SAC
 
 
 @dataclass(frozen=True)
 class Config:
     env_id: str = "Hopper-v5"  # Gymnasium id
+    # policies that act
     kind: Literal["random", "medium", "medium-replay", "expert", "medium-expert", "waypoint"] = (
         "medium"
     )
-    seed: int = 0  # of SAC, of the environments, and of the recorded actions
-    num_steps: int = 100_000  # transitions in the dataset, at most
-    sac_steps: int = 1_000_000  # environment steps until the policy is called expert
+    seed: int = 0  # of SAC, the environments and the recorded actions
+    num_steps: int = 100_000  # transitions in the dataset at most
+    sac_steps: int = 1_000_000  # environment steps of SAC's training; the last policy is the expert
     medium_fraction: float = 1 / 3  # of the way from the random to the expert return
-    expert_return: float | None = None  # None: D4RL's reference; needed where there is none
-    out: str = "data"  # folder of Minari datasets
-    work: str = "runs/collect"  # SAC checkpoints
+    expert_return: float | None = None  # return with score 100; None: D4RL's reference
+    out: str = "data"  # folder for Minari datasets
+    work: str = "runs/collect"  # folder for SAC's checkpoints
     # --- SAC ---
-    start_steps: int = 5_000  # uniform actions, no updates
-    batch_size: int = 256  # transitions per gradient step; one step an environment step
+    start_steps: int = 5_000  # steps with uniform actions and without updates
+    batch_size: int = 256  # transitions per gradient step; one gradient step per environment step
     gamma: float = 0.99  # discount
     lr: float = 3e-4  # Adam, every network and the temperature
     polyak: float = 0.005  # step of the target network
@@ -204,7 +204,7 @@ FIELDS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
 
 
 class Replay:
-    """Every transition of a run in order; arrays of `FIELDS`, of which `size` rows are filled."""
+    """All transitions of a run in order: arrays of `FIELDS`, with `size` rows filled."""
 
     def __init__(self, env, capacity):
         d, a = env.observation_space.shape[0], env.action_space.shape[0]
@@ -229,9 +229,10 @@ class Replay:
 
 
 def play(envs, policy, rng, num_steps):
-    """Whole episodes in rounds, one for each environment, until there are `num_steps` rows.
+    """Whole episodes, in rounds of one per environment, until there are `num_steps` rows.
 
-    policy(obs (n, D)) -> actions (n, A). Returns arrays of `FIELDS`, episodes one after another.
+    policy: obs (n, D) -> action (n, A). Returns {name: array} of `FIELDS`, one episode after
+    another.
     """
     episodes, total = [], 0
     while total < num_steps:
@@ -253,12 +254,12 @@ def play(envs, policy, rng, num_steps):
 
 
 def reference(cfg, env):
-    """Returns that score 0 and 100, and where they are from."""
+    """(return with score 0, return with score 100, their source in words)."""
     name = cfg.env_id.rsplit("-", 1)[0]
-    if name in REFERENCE and cfg.expert_return is None:
-        return *REFERENCE[name], "D4RL"
+    if name in datasets.REFERENCE and cfg.expert_return is None:
+        return *datasets.REFERENCE[name], "D4RL"
     if cfg.expert_return is None:
-        raise SystemExit(f"{cfg.env_id} has no reference return: name one with --expert-return")
+        raise SystemExit(f"{cfg.env_id} has no reference return: give one with --expert-return")
     rng = np.random.default_rng(cfg.seed)
     uniform = partial(rng.uniform, -1, 1, (1, *env.action_space.shape))
     rows = play([env], lambda _: uniform(), rng, 20_000)
@@ -267,25 +268,26 @@ def reference(cfg, env):
 
 
 def boundaries(rows):
-    """Slices of the episodes; what follows the last boundary counts as one."""
+    """Slices of the episodes; rows after the last end count as an episode."""
     ends = np.flatnonzero(rows["terminated"] | rows["truncated"]) + 1
     edges = np.unique(np.concatenate([[0], ends, [len(rows["reward"])]]))
     return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
 
 
 def episode_returns(rows):
-    """Undiscounted return of each episode, shape (E,)."""
+    """Undiscounted returns of the episodes (E,)."""
     return np.array([rows["reward"][s].sum(dtype=np.float64) for s in boundaries(rows)])
 
 
 def write(path, data):
-    """Bytes to a file in one step: a reader sees the old or the new, never a part."""
+    """Writes bytes to a temporary name and renames the file."""
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 
 
 def save(folder, step, state, replay, returns):
+    """Writes a checkpoint of SAC."""
     with open(folder / "replay.tmp", "wb") as f:
         np.savez(f, **replay.filled())
     os.replace(folder / "replay.tmp", folder / "replay.npz")
@@ -294,17 +296,17 @@ def save(folder, step, state, replay, returns):
 
 
 def check_settings(cfg, folder):
-    """Refuses to go on with a run that other settings began."""
+    """Raises SystemExit if the SAC run in `folder` was started with other settings."""
     kept = {k: v for k, v in asdict(cfg).items() if k not in ("kind", "num_steps", "out", "work")}
-    kept = json.dumps(kept | {"sac_steps": 0})  # more steps may be asked for later
+    kept = json.dumps(kept | {"sac_steps": 0})  # more steps are allowed later
     path = folder / "settings.json"
     if path.exists() and path.read_text() != kept:
-        raise SystemExit(f"{folder} was begun with other settings; name another folder by --work")
+        raise SystemExit(f"{folder} was started with other settings; choose another --work")
     write(path, kept.encode())
 
 
 def load(folder, state, replay):
-    """The newest checkpoint: (state, replay, steps done, returns so far)."""
+    """(state, replay, steps so far, returns so far) of the checkpoint, or as given without one."""
     if not (folder / "progress.json").exists():
         return state, replay, 0, []
     progress = json.loads((folder / "progress.json").read_text())
@@ -318,14 +320,15 @@ def load(folder, state, replay):
 
 
 def train(cfg, env, folder, goal):
-    """SAC until its last ten episodes average `goal`, kept as medium; then, for expert, to the end.
+    """Trains SAC: (state, replay, steps until the medium policy).
 
-    Returns (state, replay, steps until medium). `folder` keeps checkpoints and the medium policy.
+    The medium policy is that at which the last ten episodes first average `goal`. For the kinds
+    with an expert, training continues to the end. folder: for checkpoints and the medium policy.
     """
     state = jax.jit(partial(init, cfg=cfg))(
         jax.random.key(cfg.seed), env.observation_space.sample(), env.action_space.sample()
     )
-    state = jax.tree.map(jnp.copy, state)  # donation wants no shared buffers
+    state = jax.tree.map(jnp.copy, state)  # donated buffers must not be shared
     state, replay, done, returns = load(folder, state, Replay(env, cfg.sac_steps))
     rng = np.random.default_rng([cfg.seed, done])
     key = jax.random.fold_in(jax.random.key(cfg.seed), 1 + done)
@@ -337,7 +340,7 @@ def train(cfg, env, folder, goal):
     try:
         while not medium.exists() or done < finish:
             if done >= cfg.sac_steps:
-                raise SystemExit(f"no return of {goal:.0f} in {done:,} steps: see --sac-steps")
+                raise SystemExit(f"--sac-steps {done}: SAC has not reached a return of {goal:.0f}.")
             key, k_act, k_update = jax.random.split(key, 3)
             if done < cfg.start_steps:
                 action = rng.uniform(-1, 1, env.action_space.shape).astype(np.float32)
@@ -362,20 +365,20 @@ def train(cfg, env, folder, goal):
                 save(folder, done, state, replay, returns)
     except KeyboardInterrupt:
         save(folder, done, state, replay, returns)
-        raise SystemExit(f"\nstopped at {done:,} steps; the same command goes on") from None
+        raise SystemExit(f"\nStopped at {done:,} steps; the same command continues.") from None
     save(folder, done, state, replay, returns)
     return state, replay, json.loads((folder / "medium.json").read_text())["step"]
 
 
 def cut(rows, num_steps):
-    """The first `num_steps` rows; an episode that this breaks off ends in a truncation."""
+    """The first `num_steps` rows; an episode cut there ends in a truncation."""
     rows = {k: v[:num_steps] for k, v in rows.items()}
     rows["truncated"][-1] |= not rows["terminated"][-1]
     return rows
 
 
 def thin(rows, num_steps, rng):
-    """Whole episodes drawn at random, in their order, that fit into `num_steps` rows."""
+    """Random whole episodes, in their order, that fit into `num_steps` rows."""
     episodes = boundaries(rows)
     if len(rows["reward"]) <= num_steps:
         return rows
@@ -389,7 +392,7 @@ def thin(rows, num_steps, rng):
 
 
 def record(cfg, env, goal):
-    """Rows of the dataset (arrays of `FIELDS`), and facts about the policies behind them."""
+    """(rows of the dataset, {name: array} of `FIELDS`; facts about the policies)."""
     rng = np.random.default_rng([cfg.seed, 1])
     envs = [evaluation.make(cfg.env_id) for _ in range(10)]
     if cfg.kind == "random":
@@ -422,14 +425,17 @@ def record(cfg, env, goal):
 
 
 def export(cfg, env, rows, ref_min, ref_max, source, about):
-    """Writes `rows` as Minari dataset stillwater/<env>/<kind>-v0 below cfg.out; its path."""
+    """Writes the Minari dataset stillwater/<env>/<kind>-v0 below cfg.out; its path.
+
+    rows: of `record`. ref_min, ref_max, source: of `reference`. about: facts for the metadata.
+    """
     env_name = cfg.env_id.rsplit("-", 1)[0].lower().replace("_", "-")
     name = f"stillwater/{env_name}/{cfg.kind}-v0"
     final = Path(cfg.out).resolve() / name
     temporary = final.with_name(f".{final.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    os.environ["MINARI_DATASETS_PATH"] = str(temporary)  # where minari writes
+    os.environ["MINARI_DATASETS_PATH"] = str(temporary)  # minari writes there
 
     low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
     action = np.clip(low + (rows["action"] + 1) / 2 * (high - low), low, high).astype(np.float32)
@@ -494,7 +500,7 @@ def export(cfg, env, rows, ref_min, ref_max, source, about):
 
 
 def compress(old, new):
-    """Copies HDF5 groups, attributes and arrays; arrays of more than 1 kB shuffled and gzipped."""
+    """Copies HDF5 groups, attributes and arrays; shuffles and gzips arrays of more than 1 kB."""
     new.attrs.update(old.attrs)
     for name, item in old.items():
         if isinstance(item, h5py.Group):
@@ -510,7 +516,7 @@ def compress(old, new):
 
 
 def record_walk(cfg, env):
-    """Rows of a waypoint dataset, cut into episodes of the time limit, and reference returns."""
+    """(rows of a waypoint dataset, cut into episodes of the time limit; as `reference`)."""
     goal = evaluation.goal_cell(cfg.env_id)
     if goal is None:
         raise SystemExit(f"--kind waypoint needs PointMaze's UMaze, Medium or Large: {cfg.env_id}")
@@ -540,4 +546,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

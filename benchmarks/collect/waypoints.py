@@ -1,23 +1,22 @@
-"""D4RL's waypoint controller for PointMaze, and the data of one long walk under it.
+"""D4RL's waypoint controller for PointMaze, and the data of one long walk (arXiv:2004.07219).
 
-It walks the shortest way through the grid, from the middle of one cell to that of the next, by
+The controller follows the shortest path through the grid, from the middle of one cell to the next:
 
     a = clip(10 (waypoint - position) - velocity, -1, 1)
 
-and where it arrives it draws the next target: the data say how to get about in the maze, and not
-how to get to any one goal (Fu et al. 2020, arXiv:2004.07219).
+At its target it draws the next one. So the data cover the maze but not the way to a given goal.
 """
 
 import numpy as np
 
-NEAR = 0.1  # metres from a waypoint that count as being there
-NOISE = 0.1  # metres, the most that a waypoint is off the middle of its cell, each way
+NEAR = 0.1  # metres from a waypoint that count as reached
+NOISE = 0.1  # metres, largest offset of a waypoint from the middle of its cell on each axis
 
 
 def route(walls, start, goal):
-    """Cells (row, column) from start, which is left out, to goal, by a breadth-first search.
+    """The shortest path: cells (row, column) after `start` up to `goal`, by breadth-first search.
 
-    walls: the maze's rows; 1 is a wall. Raises ValueError where there is no way.
+    walls: rows of the maze; 1 is a wall. Raises ValueError if there is no path.
     """
     came_from, queue = {start: None}, [start]
     for row, column in queue:
@@ -26,7 +25,7 @@ def route(walls, start, goal):
                 came_from[cell] = row, column
                 queue.append(cell)
     if goal not in came_from:
-        raise ValueError(f"no way from {start} to {goal}")
+        raise ValueError(f"no path from {start} to {goal}")
     way = []
     while goal != start:
         way.append(goal)
@@ -35,7 +34,7 @@ def route(walls, start, goal):
 
 
 class Walker:
-    """The controller in one maze. Targets are drawn cells, or always the cell `goal`."""
+    """The controller in one maze. Targets are random cells, or always the cell `goal`."""
 
     def __init__(self, env, rng, goal=None):
         self._maze, self._rng, self._goal = env.unwrapped.maze, rng, goal
@@ -63,9 +62,9 @@ class Walker:
 
 
 def walk(env, num_steps, seed):
-    """One walk without a reset, rows (obs, action, reward, next_obs), each stacked.
+    """One walk without a reset: stacked obs, action, reward, next_obs.
 
-    The reward is that of the environment's own goal, which the controller does not know.
+    The reward is for the environment's own goal, which the controller does not use.
     """
     walker, rows = Walker(env, np.random.default_rng(seed)), []
     obs, _ = env.reset(seed=seed)
@@ -78,7 +77,7 @@ def walk(env, num_steps, seed):
 
 
 def returns(env, episodes, seed, goal=None):
-    """Of whole episodes, (episodes,): to the cell `goal` by the controller, else at random."""
+    """Returns (episodes,) of the controller walking to the cell `goal`; None: uniform actions."""
     rng, found = np.random.default_rng(seed), []
     for i in range(episodes):
         walker, total, over = Walker(env, rng, goal), 0.0, False

@@ -1,21 +1,21 @@
-"""Damaged files for the HDF5 reader: what it makes of them, and that it survives.
+"""Damaged HDF5 files: are all of them read or refused?
 
     python -m benchmarks.faults.fuzz --files 10000 --seed 0
 
-Small whole files in D4RL's and in Minari's layout, stored in several ways, are damaged in turn:
-bits flipped, cut short, blocks swapped, bytes put in, and, where the structure lies, sizes,
-addresses and types set to values that programs stumble over. Each is read as `datasets.load` reads
-it (without its cache), in a process with limits: LIMIT seconds and MEMORY bytes. A file is
+Small files in D4RL's and Minari's layout, stored in several ways, are damaged: bits flipped, the
+file cut short, blocks swapped, bytes inserted, and sizes, addresses and types in the structure set
+to critical values. Each is read as by `datasets.load`, without its cache, in a process with limits
+of LIMIT seconds and MEMORY bytes. The outcomes are
 
-    read          a Dataset came of it, and all of its numbers are finite
+    read          a dataset whose numbers are all finite
     refused       a DatasetError, the one message that a user sees
-    exception     anything else was raised: a user would see a traceback
-    crashed       the process died, by a signal of libhdf5 or by itself
+    exception     anything else was raised; a user would see a traceback
+    crashed       the process died
     hung          no answer within LIMIT seconds
-    grew          the process took more than GROWTH bytes for it
+    grew          the process took more than GROWTH bytes for the file
 
 The last four are faults: exit code 1. File i of a seed is always the same (`make_file`), so that a
-fault can be looked at by itself.
+fault can be examined alone.
 """
 
 import io
@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LIMIT = 10.0  # seconds for one file
 MEMORY = 4 * 2**30  # bytes of address space beyond what a process has at its start
-GROWTH = 128 * 2**20  # bytes that the reading of one file may add to its process
+GROWTH = 128 * 2**20  # bytes that reading one file may add to its process
 KINDS = ("read", "refused", "exception", "crashed", "hung", "grew")
 FAULTS = KINDS[2:]
 HUGE = [0, 1, 2, 0x7F, 0x80, 0xFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1]
@@ -54,17 +54,17 @@ SIGNATURES = b"TREE HEAP SNOD OHDR OCHK FRHP FHDB FHIB BTHD BTLF BTIN GCOL EAHD 
 
 @dataclass(frozen=True)
 class Config:
-    files: int = 10_000  # damaged files to read
-    seed: int = 0  # of the damages
+    files: int = 10_000  # number of damaged files
+    seed: int = 0  # seed of the damages
     workers: int = 1  # processes at once
-    out: str = str(ROOT / "benchmarks/results/fuzz.json")  # the figures
+    out: str = str(ROOT / "benchmarks/results/fuzz.json")  # file for the figures
 
 
 # --- Whole files ---
 
 
 def fields(layout):
-    """Names and arrays of a small whole file of a layout, in two episodes or three."""
+    """{name: array} of a small undamaged file with two or three episodes."""
     rng, n = np.random.default_rng(0), 12
     obs = rng.normal(size=(n + 1, 3)).astype(np.float32)
     action = rng.uniform(-1, 1, (n, 2)).astype(np.float32)
@@ -82,7 +82,7 @@ def fields(layout):
 
 
 def whole_files():
-    """[(layout, bytes)]: in one piece, chunked, packed, able to grow; HDF5's oldest and newest."""
+    """[(layout, bytes)] of undamaged files: contiguous, chunked, compressed or resizable."""
     packed = dict(compression="gzip", shuffle=True, fletcher32=True)
     found, ways = [], ({}, dict(chunks=5), packed | dict(chunks=5), packed, dict(maxshape=None))
     for layout in ("D4RL", "Minari"):
@@ -102,7 +102,7 @@ def whole_files():
 
 
 def flip(rng, raw):
-    """Some bits, anywhere or among the first 4,096 bytes, where most of the structure lies."""
+    """Flips bits anywhere, or in the first 4,096 bytes, which hold most of the structure."""
     end = len(raw) if rng.random() < 0.5 else min(len(raw), 4096)
     for i in rng.integers(0, end, rng.integers(1, 30)):
         raw[i] ^= 1 << rng.integers(8)
@@ -110,11 +110,12 @@ def flip(rng, raw):
 
 
 def cut(rng, raw):
+    """Cuts off the end."""
     return raw[: rng.integers(8, len(raw))]
 
 
 def swap(rng, raw):
-    """Two blocks change places."""
+    """Swaps two blocks."""
     size = int(rng.choice([8, 16, 64, 256, 1024]))
     a, b = rng.integers(0, max(len(raw) - size, 1), 2)
     raw[a : a + size], raw[b : b + size] = raw[b : b + size], raw[a : a + size]
@@ -122,12 +123,13 @@ def swap(rng, raw):
 
 
 def insert(rng, raw):
+    """Inserts random bytes."""
     at, size = rng.integers(8, len(raw)), int(rng.choice([1, 2, 8, 64, 512]))
     return raw[:at] + rng.integers(0, 256, size, np.uint8).tobytes() + raw[at:]
 
 
 def copy(rng, raw):
-    """A block over another place: structures that stand where others should."""
+    """Copies a block over another one, so that structures stand in wrong places."""
     size = int(rng.choice([4, 8, 32, 128, 512]))
     a, b = rng.integers(0, max(len(raw) - size, 1), 2)
     raw[b : b + size] = raw[a : a + size]
@@ -135,7 +137,7 @@ def copy(rng, raw):
 
 
 def number(rng, raw):
-    """Little-endian numbers of 1 to 8 bytes: sizes, counts, addresses, huge or just wrong."""
+    """Replaces little-endian numbers of 1 to 8 bytes by huge or slightly wrong ones."""
     for _ in range(rng.integers(1, 6)):
         size, at = int(rng.choice([1, 2, 4, 8])), rng.integers(8, len(raw) - 8)
         now = int.from_bytes(raw[at : at + size], "little")
@@ -146,7 +148,7 @@ def number(rng, raw):
 
 
 def structure(rng, raw):
-    """Wrong numbers within 64 bytes behind a signature: object headers, trees, heaps."""
+    """Writes wrong numbers within 64 bytes after a signature of object headers, trees, heaps."""
     places = [i for name in SIGNATURES for i in find(raw, name)] or [0]
     for _ in range(rng.integers(1, 4)):
         at = min(int(rng.choice(places)) + int(rng.integers(4, 64)), len(raw) - 8)
@@ -157,7 +159,7 @@ def structure(rng, raw):
 
 
 def known(rng, raw):
-    """Where a number of the file is known to stand, lengths and widths: another in its place."""
+    """Replaces numbers known to be in the file, its lengths and widths."""
     width = int(rng.choice([4, 8]))
     of = int(rng.choice([12, 13, 3, 2, 36, 48, 144, 156, 96]))
     places = find(raw, of.to_bytes(width, "little")) or [8]
@@ -168,6 +170,7 @@ def known(rng, raw):
 
 
 def find(raw, what):
+    """Positions of `what` in raw."""
     places, at = [], raw.find(what)
     while at >= 0:
         places.append(at)
@@ -195,7 +198,7 @@ def make_file(seed, i, wholes):
 
 
 def read(path, layout):
-    """(kind, note) of one file, and refuses no more than a user would see."""
+    """(kind, note) of one file."""
     try:
         arrays, _ = datasets.read(checked.CheckedFile(path), datasets.Source(path, layout))
     except datasets.DatasetError as error:
@@ -210,10 +213,10 @@ def read(path, layout):
 
 
 def memory():
-    """Bytes this process holds, and the most it held since the last call."""
+    """(bytes this process holds, the most it held since the last call)."""
     lines = Path("/proc/self/status").read_text().split("\n")
     now = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     return int(now["VmRSS"]) * 1024, int(now["VmHWM"]) * 1024
 
 
@@ -315,4 +318,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -1,21 +1,22 @@
-"""Damaged run folders, metadata and caches: what becomes of them, and that all is survived.
+"""Damaged run folders, metadata and caches: are all of them read or refused?
 
     python -m benchmarks.faults.fuzz_folders --cases 25000 --seed 0
 
-A small run that was stopped half-way, a Minari dataset's metadata.json and a dataset's cache are
-damaged, one file at a time: as bytes (fuzz.py's damages), and as what the file means, with values
-of other kinds and sizes in place of those of its JSON, or a checkpoint whose hash fits its damage.
-A damaged run is resumed to its end, or scored as far as its environment; metadata is read with its
-dataset; a cache is read. An outcome is one of fuzz.py's:
+A small run stopped half-way, the metadata.json of a Minari dataset and the cache of a dataset are
+damaged, one file at a time. Damages change bytes, as in fuzz.py, or the content: JSON values of
+other types and sizes, or a checkpoint whose hash fits its damage. A damaged run is resumed to its
+end, or scored up to its environment; metadata is read with its dataset; a cache is read. Outcomes,
+besides crashed, hung and grew of fuzz.py:
 
-    read          it went on: the run ended with all its steps, the cache gave its own numbers
+    read          the run made all its steps, or the cache gave the right numbers
     refused       one message, as a user sees it
-    exception     a traceback; a cache that was believed although it was damaged
+    exception     a traceback, or a damaged cache that was used
 
-and crashed, hung, grew. Case i of a seed is always the same (`make_case`).
+Case i of a seed is always the same (`make_case`).
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -37,7 +38,7 @@ import tyro
 from benchmarks.faults import fuzz
 from common import datasets, evaluation, experiment
 from common.datasets import cache
-from common.experiment import checkpoint, files, folders, plots, runtime
+from common.experiment import files, plots, runtime
 
 RUN_FILES = (
     "config.json metrics.csv returns.json diverged.json checkpoint/state.msgpack "
@@ -52,17 +53,17 @@ ODD += [[], {}, [[]], [1, [2, 3]], {"a": {}}, float("nan"), float("inf"), "a" * 
 
 @dataclass(frozen=True)
 class Config:
-    cases: int = len(TARGETS) * 1_000  # damages
-    seed: int = 0  # of the damages
+    cases: int = len(TARGETS) * 1_000  # number of damaged files
+    seed: int = 0  # seed of the damages
     workers: int = 1  # processes at once
-    out: str = str(fuzz.ROOT / "benchmarks/results/fuzz-folders.json")  # the figures
+    out: str = str(fuzz.ROOT / "benchmarks/results/fuzz-folders.json")  # file for the figures
 
 
 # --- Whole folders ---
 
 
 def dataset():
-    """Twenty rows of nobody's environment."""
+    """A Dataset with twenty rows of an unknown environment."""
     rng = np.random.default_rng(0)
     obs = rng.normal(size=(21, 3)).astype(np.float32)
     action = rng.uniform(-1, 1, (20, 2)).astype(np.float32)
@@ -90,8 +91,8 @@ def go_on(run, state, last):
 
 
 def make_run(out, state_of):
-    """Makes a run of BC that was stopped at update 6 of 10: its folder."""
-    bc, data = folders.module("bc"), dataset()
+    """The folder of a BC run stopped at update 6 of 10."""
+    bc, data = experiment.module("bc"), dataset()
     cfg = bc.Config(num_updates=10, log_every=2, eval_every=2, eval_episodes=2, num_seeds=2,
                     batch_size=4, widths=(4,), out=str(out))  # fmt: skip
     cfg = experiment.resolve(cfg, {}, data)
@@ -101,7 +102,7 @@ def make_run(out, state_of):
 
 
 def make_minari(folder):
-    """Writes a Minari dataset of two episodes: its HDF5 file."""
+    """The HDF5 file of a new Minari dataset with two episodes."""
     folder.mkdir(parents=True)
     with h5py.File(folder / "main_data.hdf5", "w") as file:
         for name, x in fuzz.fields("Minari").items():
@@ -117,7 +118,7 @@ def make_minari(folder):
 
 
 def other_value(rng, raw):
-    """JSON with another value in one place, or without it, or under another name."""
+    """JSON with one value changed, left out or under another name."""
     tree = json.loads(raw)
     places = []
 
@@ -142,7 +143,7 @@ def other_value(rng, raw):
 
 
 def other_cell(rng, raw):
-    """A table with another text in one of its cells."""
+    """A CSV table with another text in one cell."""
     lines = raw.decode().split("\n")
     line = rng.integers(len(lines))
     cells = lines[line].split(",")
@@ -152,7 +153,7 @@ def other_cell(rng, raw):
 
 
 def make_case(seed, i, wholes):
-    """Case i of a seed: (what is done, file, damage, its bytes, whether a hash is made to fit)."""
+    """Case i of a seed: (target, file, name of the damage, damaged bytes, whether a hash fits)."""
     rng = np.random.default_rng([seed, i])
     target, name = TARGETS[i % len(TARGETS)]
     raw, meant = wholes[target, name], rng.random() < 0.6
@@ -170,7 +171,7 @@ def make_case(seed, i, wholes):
 
 
 class World:
-    """Whole folders below a folder, and what is done with damaged copies of them."""
+    """Undamaged folders below `folder`, and the programs that read damaged copies of them."""
 
     def __init__(self, folder):
         os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
@@ -179,7 +180,7 @@ class World:
         facts = runtime.machine()
         runtime.machine = lambda: facts  # asks git
         runtime.keep_programs = lambda: None
-        plots.plot = lambda *_: None  # slow, and reads nothing
+        plots.plot = lambda *_: None  # slow, and reads no file
         self.folder, self.data, states = folder, dataset(), {}
 
         def state_of(bc, cfg, data):
@@ -208,7 +209,7 @@ class World:
         (copy / name).write_bytes(raw)
         if fits:
             note = json.loads((copy / name).with_name("checkpoint.json").read_text())
-            note |= {"sha256": checkpoint.hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
+            note |= {"sha256": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
             (copy / name).with_name("checkpoint.json").write_text(json.dumps(note))
         said = io.StringIO()
         try:
@@ -224,12 +225,12 @@ class World:
         return kind
 
     def resume(self, copy):
-        bc = folders.module("bc")
+        bc = experiment.module("bc")
         cfg = experiment.resolve(bc.Config(resume=str(copy)))
         cfg = experiment.resolve(cfg, {}, self.data)
         run = experiment.Run(cfg, self.data)
         if cfg.num_updates > 1000 or cfg.num_seeds != 2:
-            return "read", ""  # a valid run, but long or another one
+            return "read", ""  # a valid run of another length or number of seeds
         go_on(run, run.restore(self.state_of(bc, cfg, self.data)), cfg.num_updates)
         run.finish()
         whole = experiment.last_step(copy) == cfg.num_updates
@@ -256,14 +257,14 @@ class World:
         if kept is None:
             return "refused", ""
         same = all(files.checksum(x) == files.checksum(self.arrays[k]) for k, x in kept[0].items())
-        return ("read", "") if same else ("exception", "the cache was believed")
+        return ("read", "") if same else ("exception", "a damaged cache was used")
 
 
 def work(pipe, folder, seed, reader):
-    """As fuzz.work, for the cases of this file."""
+    """fuzz.work for the cases of this file."""
     del reader
     world = World(Path(folder, str(os.getpid())))
-    for target, name in TARGETS:  # what is imported and compiled once is no growth
+    for target, name in TARGETS:  # imports and compiled programs are no growth
         found = world.outcome(target, name, world.wholes[target, name], False)
         assert found == ("read", ""), (target, name, found)
     space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -281,7 +282,7 @@ def work(pipe, folder, seed, reader):
 
 
 def main(cfg: Config):
-    """Prints the figures and writes them to `out`; exit code 1 where there is a fault."""
+    """Prints the figures and writes them to `out`; exit code 1 if there is a fault."""
     began = time.perf_counter()
     shares = [range(k, cfg.cases, cfg.workers) for k in range(cfg.workers)]
     with ThreadPoolExecutor(cfg.workers) as pool:
@@ -306,4 +307,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

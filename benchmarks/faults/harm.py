@@ -1,12 +1,12 @@
-"""What hostile and broken things do, by kind: the outcomes of tests/common/test_harm.py.
+"""Outcomes of tests/common/test_harm.py by kind of attack or fault.
 
     python -m pytest -rA tests/common/test_harm.py > now.txt
     python -m benchmarks.faults.harm --now now.txt
 
-A kind is a section of that file, a case is a test of it. `before` counts the cases that passed at
-the commit `before_commit`, before the faults were mended: the same tests in a checkout of it, with
-common/experiment/files.py copied there for its imports alone (tests of it count as failed) and
-twelve seconds for each. A case also fails where a message says something else. To
+A kind is a section of that file, a case is a test in it. `before` counts the cases that passed at
+the commit `before_commit`, before the faults were fixed: the same tests in a checkout of it, with
+twelve seconds for each and common/experiment/files.py copied there for its imports (tests of it
+count as failed). A case also fails if a message has other words. Writes
 benchmarks/results/harm.json.
 """
 
@@ -26,10 +26,10 @@ TESTS = ROOT / "tests/common/test_harm.py"
 
 @dataclass(frozen=True)
 class Config:
-    now: str  # what pytest -rA printed
-    before: str = ""  # the same of the commit before; default: as in `results`
-    before_commit: str = ""
-    results: str = str(ROOT / "benchmarks/results/harm.json")
+    now: str  # file with the output of pytest -rA
+    before: str = ""  # the same at before_commit; empty: the counts in `results`
+    before_commit: str = ""  # empty: as in `results`
+    results: str = str(ROOT / "benchmarks/results/harm.json")  # file to write
 
 
 def sections():
@@ -44,7 +44,7 @@ def sections():
 
 
 def count(path):
-    """({section: cases}, {section: cases that passed}) of pytest's report."""
+    """({section: cases}, {section: cases that passed}) from pytest's output."""
     titles, cases, passed = sections(), Counter(), Counter()
     for line in Path(path).read_text(errors="replace").splitlines():
         if found := re.match(r"(PASSED|FAILED|ERROR) .*::(test_\w+)", line):
@@ -70,4 +70,4 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

@@ -1,14 +1,16 @@
-"""Kills runs at random moments, resumes them, and compares with a run that was left alone.
+"""Kills runs at random moments, resumes them, and compares them with an uninterrupted run.
 
     python -m benchmarks.faults.resume                       # every algorithm, 10 kills each
     python -m benchmarks.faults.resume --algorithms iql --kills 24
 
-Each trial starts the real command and kills it (SIGKILL) while it compiles, trains, evaluates,
-stands between the metrics and the checkpoint, or writes the checkpoint. It is resumed with
---resume and killed again, once for each of these phases, in random order; a kill while compiling
-follows each of the others at once, so that nothing was saved in between. Then it may finish. Equal
-bits: metrics.csv but for the timing columns, returns.json, and the weights, the optimisers and all
-else in checkpoint/state.msgpack. To benchmarks/results/resume.json.
+Each trial starts the real command and kills it (SIGKILL) while it compiles, trains, evaluates, is
+between the metrics and the checkpoint, or writes the checkpoint. It is resumed with --resume and
+killed again, once in each of these phases, in random order. A kill while compiling follows each of
+the others, so that nothing is saved in between. Then the run finishes.
+
+Equal bits means: equal metrics.csv without the timing columns, equal returns.json, and equal
+checkpoint/state.msgpack, which holds weights, optimisers and all other state. Writes
+benchmarks/results/resume.json.
 """
 
 import json
@@ -40,9 +42,9 @@ PHASES = {
     5: "writing the checkpoint",
 }
 COMPILING, TRAINING, EVALUATING, BETWEEN, WRITING = 1, 2, 3, 4, 5
-PAUSE = 0.02  # seconds that a run stands between metrics and checkpoint, for the kills to hit
+PAUSE = 0.02  # seconds that a run waits between metrics and checkpoint, so that kills hit
 
-# Long enough to be hit anywhere, short enough to be run a dozen times
+# Long enough for a kill in each phase, short enough for a dozen runs
 COMMON = "--num-seeds 2 --num-updates 600 --log-every 20 --eval-every 60 --eval-episodes 2"
 COMMON += " --batch-size 32"
 NETWORK = "--widths 32 32"
@@ -61,18 +63,18 @@ FLAGS = {
 @dataclass(frozen=True)
 class Config:
     algorithms: tuple[str, ...] = tuple(sorted(x.stem for x in (ROOT / "algorithms").glob("*.py")))
-    kills: int = 10  # of each algorithm
-    seed: int = 0  # of the moments
-    results: str = str(ROOT / "benchmarks/results/resume.json")
+    kills: int = 10  # for each algorithm
+    seed: int = 0  # seed of the random moments
+    results: str = str(ROOT / "benchmarks/results/resume.json")  # file to write
 
 
 def flags(algorithm):
-    """The flags of a run of an algorithm."""
+    """The flags of an algorithm's run."""
     return f"{COMMON} {FLAGS.get(algorithm, NETWORK)}".split()
 
 
 def child(mark, script, *flags):
-    """Runs a script as its command line would, and notes in the file `mark` what it is doing."""
+    """Runs a script as from the command line and notes its phase in the file `mark`."""
     with open(mark, "r+b", buffering=0) as file:
 
         def note(phase):
@@ -92,7 +94,7 @@ def child(mark, script, *flags):
         score = doing(EVALUATING, TRAINING, evaluation.evaluate)
 
         def evaluate(policy, *args):
-            jax.block_until_ready(policy.args)  # the state: it is still being trained until then
+            jax.block_until_ready(policy.args)  # waits for the training of the state
             return score(policy, *args)
 
         run = experiment.Run
@@ -127,7 +129,7 @@ def durations(process, mark):
 
 
 def kill(process, mark, phase, visit, seconds):
-    """SIGKILL at a random moment of the `visit`-th visit to a phase; what was hit, if anything."""
+    """Kills at a random moment of the `visit`-th visit to a phase; the phase hit, "" for none."""
     count, last = 0, None
     while process.poll() is None:
         now = mark.read_bytes()[0]
@@ -143,7 +145,7 @@ def kill(process, mark, phase, visit, seconds):
 
 
 def outcome(out):
-    """What equal runs have in common, of the only run below a folder."""
+    """What must be equal in equal runs, for the only run below the folder `out`."""
     (folder,) = out.glob("*/*/*")
     lines = (folder / "metrics.csv").read_text().splitlines()
     rows = [line.rsplit(",", len(experiment.TIMING))[0] for line in lines]
@@ -158,7 +160,7 @@ def finish(process):
 
 
 def trial(algorithm, plan, folder, seconds):
-    """A run killed in the phases of `plan`, then finished: [(phase hit, last step saved)], out."""
+    """([(phase hit, last step saved)], out) of a run killed in the phases of `plan`."""
     out, mark, hits = folder / "out", folder / "mark", []
     for phase in plan:
         found = [path.parent for path in out.glob("*/*/*/config.json")]
@@ -168,7 +170,7 @@ def trial(algorithm, plan, folder, seconds):
         hit = kill(process, mark, phase, visit, seconds.get(phase, 0.1))
         if not hit:
             finish(process)  # or it failed
-            break  # finished before its turn came
+            break  # the run finished first
         (run,) = out.glob("*/*/*")
         hits.append((hit, experiment.last_step(run)))
         print(f"{algorithm}: killed while {hit}, checkpoint of step {hits[-1][1]:,}", flush=True)
@@ -178,14 +180,14 @@ def trial(algorithm, plan, folder, seconds):
 
 
 def plan(kills):
-    """Phases to kill in: all but compiling in random order, every other kill while compiling."""
+    """Phases to kill in: in random order, each followed by a kill while compiling."""
     others = [TRAINING, EVALUATING, BETWEEN, WRITING]
     random.shuffle(others)
     return [x for phase in others for x in (phase, COMPILING)][:kills]
 
 
 def shake(algorithm, kills, folder):
-    """The row of results of one algorithm, from trials in a folder."""
+    """The row of results for an algorithm, from trials in a folder."""
     process = start(algorithm, folder / "mark", *flags(algorithm), "--out", str(folder / "whole"))
     seconds = durations(process, folder / "mark")
     finish(process)
@@ -220,4 +222,7 @@ def main(cfg: Config):
 
 
 if __name__ == "__main__":
-    child(*sys.argv[2:]) if sys.argv[1:2] == ["child"] else main(tyro.cli(Config))
+    if sys.argv[1:2] == ["child"]:
+        child(*sys.argv[2:])
+    else:
+        main(tyro.cli(Config, description=__doc__))

@@ -1,18 +1,18 @@
-"""A grid of runs, algorithms x datasets x seeds, by the public commands; called again, it goes on.
+"""Runs a grid of algorithms x datasets x seeds with the public commands; can be continued.
 
     python -m benchmarks.scores                                   # the default grid, short runs
     python -m benchmarks.scores --algorithms iql awac --num-seeds 5 --budget full
-    python -m benchmarks.scores --dry-run                         # the commands; what is done
+    python -m benchmarks.scores --dry-run                         # the commands and their state
 
-A cell is one command, `python algorithms/NAME.py --env ...`. It is done when a run folder below
---out whose config.json holds its very config has the returns of the last update, which then go to
---results (see report.py); one with a checkpoint is resumed; else a new one begins. The output goes
-to <out>/logs. On a cluster whose machines share this folder and --out:
+A cell is one command, `python algorithms/NAME.py --env ...`. It is done if a run folder below --out
+has the same config and the returns after the last update; these are then added to --results (see
+report.py). A run with a checkpoint is resumed, else a new one is started. Output goes to
+<out>/logs. On a cluster whose machines share this folder and --out:
 
     python -m benchmarks.scores --seeds-per-run 1 --slurm grid.sh && sbatch grid.sh
     python -m benchmarks.scores --seeds-per-run 1 --ray auto      # needs pip install ray
 
-A machine without a shared folder does its part in pieces, and the results are added to the others:
+A machine without a shared folder computes a part of the grid in pieces, whose results are merged:
 
     python -m benchmarks.scores --algorithms cql --time-limit 540 --pack cql.tar.gz
     python -m benchmarks.scores --merge cql.tar.gz
@@ -56,7 +56,7 @@ SHORT = {  # flags of three seeds on three datasets, some nights of two CPU core
     " --plan-every 2 --ddim-steps 5 --samples 16 --eval-episodes 5",  # a cheap planner
 }
 BUDGETS = {"short": SHORT, "full": dict.fromkeys(SHORT, "") | {"10%bc": "--fraction 0.1"}}
-FILES = {"10%bc": "bc"}  # the other names are those of their files
+FILES = {"10%bc": "bc"}  # other names are file names
 DATASETS = ("halfcheetah/medium-v0", "hopper/medium-replay-v0", "walker2d/medium-v0")
 
 
@@ -64,32 +64,34 @@ DATASETS = ("halfcheetah/medium-v0", "hopper/medium-replay-v0", "walker2d/medium
 class Config:
     algorithms: tuple[Literal[tuple(BUDGETS["short"])], ...] = tuple(BUDGETS["short"])
     datasets: tuple[str, ...] = tuple(f"stillwater/{name}" for name in DATASETS)  # as for --env
-    num_seeds: int = 3  # 0, 1, ...
-    seeds_per_run: int = 0  # trained together under vmap; 0: all; 1: the most cells
-    budget: Literal[tuple(BUDGETS)] = "short"  # each algorithm's flags
-    updates: int = 0  # of every algorithm; 0: as the budget says
-    flags: str = ""  # more of them for every command: --flags="--eval-episodes 100"
-    out: str = "runs"  # where run folders go, and are looked for
-    results: str = str(ROOT / "benchmarks/results")  # where report.py looks for runs
-    jobs: int = 0  # runs at once; 0: one for every two CPU cores, on a GPU one
-    time_limit: int = 0  # seconds until all runs save and stop, to be resumed; 0: none
-    pack: str = ""  # then write the finished cells' results to this .tar.gz file
-    merge: tuple[str, ...] = ()  # add the results in these files, packed elsewhere, no more
-    dry_run: bool = False  # print the commands and what is done, no more
-    cell: int | None = None  # run this one alone; the first is 0
-    slurm: str = ""  # write a job script, one task a cell, to this file, no more
-    ray: str = ""  # run on Ray at this address; "auto": where it was started; "local": here
+    num_seeds: int = 3  # seeds 0, 1, ...
+    seeds_per_run: int = 0  # seeds trained together under vmap; 0: all; 1: the most cells
+    budget: Literal[tuple(BUDGETS)] = "short"  # the flags of each algorithm
+    updates: int = 0  # gradient steps of every algorithm; 0: as in the budget
+    flags: str = ""  # additional flags for every command: --flags="--eval-episodes 100"
+    out: str = "runs"  # folder for run folders
+    results: str = str(ROOT / "benchmarks/results")  # folder for results
+    jobs: int = 0  # runs at once; 0: one for two CPU cores, one on a GPU
+    time_limit: int = 0  # seconds after which all runs save and stop; 0: no limit
+    pack: str = ""  # at the end write the results of finished cells to this .tar.gz file
+    merge: tuple[str, ...] = ()  # only add the results in these packed files
+    dry_run: bool = False  # only print the commands and their state
+    cell: int | None = None  # run only this cell, counted from 0
+    slurm: str = ""  # only write a SLURM job script with one task a cell to this file
+    ray: str = ""  # run on the Ray cluster at this address; "auto": a started one; "local": here
 
 
 class Cell(NamedTuple):
-    name: str
-    algorithm: str  # its file
+    """One command of the grid."""
+
+    name: str  # of the cell and its log
+    algorithm: str  # name of the file
     config: object  # its Config as the command resolves it
-    words: list[str]  # of the command
+    words: list[str]  # flags of the command
 
 
 def grid(cfg):
-    """Every cell, in an order that the flags alone decide."""
+    """All cells. Their order depends only on the flags."""
     cells, together = [], cfg.seeds_per_run or cfg.num_seeds
     seeds = range(0, cfg.num_seeds, together)
     for name, env, seed in itertools.product(cfg.algorithms, cfg.datasets, seeds):
@@ -114,13 +116,15 @@ load = functools.cache(experiment.module)
 
 
 def identity(cfg):
-    """A run's config without what leaves its numbers as they are."""
+    """A run's config without the fields that do not change its numbers."""
     return dataclasses.replace(cfg, out="", resume="", wandb=False)
 
 
 def left_to_the_run(wanted, stored, words):
-    """`wanted`, but None as the stored run has it where its command, these words, set nothing: DT's
-    targets, for one, are then the data's best return."""
+    """`wanted`, with the stored values of fields that are None and that its command left out.
+
+    For example, DT's targets are then the best return of the data. words: of the stored command.
+    """
     flags = {word.split("=")[0].replace("_", "-") for word in words}
     names = [name for name, value in vars(wanted).items() if value is None]
     names = [name for name in names if "--" + name.replace("_", "-") not in flags]
@@ -128,10 +132,10 @@ def left_to_the_run(wanted, stored, words):
 
 
 def find(cell, out):
-    """("done", "partly done" or "missing", the newest such run folder of this config)."""
+    """("done", "partly done" or "missing"; the newest run folder in this state with the config)."""
     found = {"missing": None}
     for folder in sorted(out.glob(f"{cell.algorithm}/*/*/")):
-        # A damaged folder is as if it were not there
+        # a damaged folder counts as missing
         with suppress(experiment.RunError, OSError, ValueError, TypeError, KeyError):
             info, stored = experiment.read(folder, type(cell.config))
             if identity(stored) == left_to_the_run(cell.config, stored, info["command"]):
@@ -148,21 +152,21 @@ def find(cell, out):
 
 
 def command(cell, folder):
-    """Words after `python`; folder: of the run to resume, None: a new one."""
+    """Words after `python`. folder: the run to resume; None: a new run."""
     words = ["--resume", str(folder)] if folder else cell.words
     return [f"algorithms/{cell.algorithm}.py", *words]
 
 
 def run(cell, cfg, children, stops):
-    """Trains what is left of a cell: "done", "failed", "stopped" or "running elsewhere".
+    """Runs a cell or what is left of it: "done", "failed", "stopped" or "running elsewhere".
 
-    children: the processes of all cells, this one among them; stops: not empty: start no more.
+    children: list of all running processes. stops: list; not empty once no cell may start.
     """
     out, began = Path(cfg.out).expanduser().resolve(), time.time()
     path = out / "logs" / f"{cell.name}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as log:
-        try:  # the child keeps the lock, too, even if this process is killed
+        try:  # the child keeps the lock even if this process is killed
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"{cell.name}: running elsewhere", flush=True)
@@ -180,7 +184,7 @@ def run(cell, cfg, children, stops):
         log.flush()
         start = log.tell()
         line = [sys.executable, str(ROOT / script), *words]
-        # In a session of its own Ctrl-C does not reach it: told twice, it would not save
+        # in a session of its own, or Ctrl-C would reach it twice and it would not save
         child = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True)
         children.append(child)
         if stops:
@@ -202,12 +206,12 @@ def run(cell, cfg, children, stops):
 
 
 def work(cells, cfg):
-    """Runs the cells, --jobs at once; their states. Ctrl-C (SIGTERM): they save and end."""
+    """Runs the cells, --jobs at once; their states. On Ctrl-C or SIGTERM they save and stop."""
     children, stops, before = [], [], {}
 
     def stop(*_):
         stops.append(True)
-        print("Stopping: each run ends its chunk and saves. Again: at once.", flush=True)
+        print("Stopping once each run has saved. Ctrl-C again stops at once.", flush=True)
         for child in list(children):
             child.terminate()  # SIGINT would be ignored in a background job until training begins
 
@@ -225,7 +229,7 @@ def work(cells, cfg):
 
 
 def fitting():
-    """How many runs at once; asked in another process, as JAX in this one would take the GPU."""
+    """Number of runs at once, found in another process because JAX here would take the GPU."""
     code = "import jax; print(jax.default_backend())"
     backend = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     return max(1, os.cpu_count() // cluster.CORES) if backend.split()[-1:] == ["cpu"] else 1
@@ -241,7 +245,7 @@ def main(cfg: Config):
     cells, out = grid(cfg), Path(cfg.out).expanduser().resolve()
     if cfg.cell is not None:
         if not 0 <= cfg.cell < len(cells):
-            raise SystemExit(f"--cell {cfg.cell}: the grid has 0 to {len(cells) - 1}.")
+            raise SystemExit(f"--cell {cfg.cell}: the grid has cells 0 to {len(cells) - 1}.")
         cells = [cells[cfg.cell]]
     if cfg.dry_run:
         states = [find(cell, out) for cell in cells]
@@ -261,10 +265,10 @@ def main(cfg: Config):
         if failed:
             print(f"{len(failed)} of {len(cells)} failed: {' '.join(failed)}")
         if "stopped" in states:
-            print("Stopped. The same command goes on.")
+            print("Stopped. The same command continues.")
             raise SystemExit(130)
         raise SystemExit(1 if failed else 0)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Config))
+    main(tyro.cli(Config, description=__doc__))

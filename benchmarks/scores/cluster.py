@@ -1,4 +1,4 @@
-"""scores.py's grid on a cluster: as a SLURM job array, or as Ray tasks. Each runs `--cell K`."""
+"""The grid of benchmarks.scores on a cluster: a SLURM job array or Ray tasks, each `--cell K`."""
 
 import dataclasses
 import os
@@ -10,9 +10,9 @@ from pathlib import Path
 CORES = 2  # CPU cores for a run
 OWN = ("jobs", "dry_run", "slurm", "ray", "pack")  # flags of the whole grid, not of one cell
 SLURM = """#!/bin/bash
-# One task a cell: sbatch {file}. More options before the name: --time=12:00:00 --gpus=1
-# Submitted again it skips what is done and resumes what the time limit has cut short; ten minutes
-# before that SLURM's signal lets a run save.
+# One task a cell: sbatch {file}. Options go before the name: --time=12:00:00 --gpus=1
+# Submitted again, it skips finished cells and resumes those that the time limit stopped. A signal
+# of SLURM ten minutes before the limit lets a run save.
 #SBATCH --job-name=stillwater
 #SBATCH --array=0-{last}
 #SBATCH --cpus-per-task={cores}
@@ -24,7 +24,7 @@ exec {words} "$SLURM_ARRAY_TASK_ID"
 
 
 def words(cfg):
-    """Words of scores.py's own command for one cell, whose number is to follow."""
+    """Words of the command for one cell; its number follows."""
     found = [sys.executable, "-m", "benchmarks.scores"]
     for field in dataclasses.fields(cfg):
         value, flag = getattr(cfg, field.name), "--" + field.name.replace("_", "-")
@@ -36,7 +36,7 @@ def words(cfg):
 def slurm(cfg, count):
     """Writes the job script of `count` tasks to cfg.slurm."""
     out = Path(cfg.out).expanduser().resolve()
-    (out / "logs").mkdir(parents=True, exist_ok=True)  # SLURM does not make it
+    (out / "logs").mkdir(parents=True, exist_ok=True)  # SLURM does not create it
     values = {"out": out, "here": shlex.quote(os.getcwd()), "words": shlex.join(words(cfg))}
     values |= {"file": Path(cfg.slurm).name, "last": count - 1, "cores": CORES}
     Path(cfg.slurm).write_text(SLURM.format(**values), "utf-8")

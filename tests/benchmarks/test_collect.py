@@ -106,7 +106,7 @@ def test_replay_is_what_sac_saw_and_an_interrupted_run_goes_on(collect, small, m
         return update(*args)
 
     monkeypatch.setattr(collect, "update", interrupted)
-    with pytest.raises(SystemExit, match="the same command goes on"):
+    with pytest.raises(SystemExit, match="the same command continues"):
         collect.main(small)
     monkeypatch.setattr(collect, "update", update)
     collect.main(small)

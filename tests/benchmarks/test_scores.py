@@ -163,7 +163,7 @@ def test_stopped_it_saves_and_a_job_array_ends_it_as_if_it_had_not_been(grid, tm
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that are in its group
     text, _ = process.communicate()
     assert process.returncode == 130, text
-    assert text.endswith("Stopped. The same command goes on.\n")
+    assert text.endswith("Stopped. The same command continues.\n")
     assert "stopped, exit code 130" in text
     (log,) = out.glob("logs/10%bc-*.log")
     assert "Stopped. Saved up to step" in log.read_text()  # and not: at once
@@ -204,7 +204,7 @@ def test_the_cells_of_an_array_are_those_of_the_grid(tmp_path):
     one = scores.tyro.cli(scores.Config, args=[*words, "3"])
     assert scores.grid(one) == scores.grid(cfg)
     assert (one.cell, one.jobs, one.dry_run, one.slurm) == (3, 0, False, "")
-    with pytest.raises(SystemExit, match="the grid has 0 to 3"):
+    with pytest.raises(SystemExit, match="the grid has cells 0 to 3"):
         scores.main(scores.tyro.cli(scores.Config, args=[*words, "4"]))
 
 

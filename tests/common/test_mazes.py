@@ -297,7 +297,7 @@ def test_marks_in_a_map_are_free_cells_and_walls_have_no_way():
     walls = [[1, 1, 1, 1, 1, 1], [1, "r", 0, "g", 1, "c"], [1, 1, 1, 1, 1, 1]]
     assert waypoints.route(walls, (1, 1), (1, 3)) == [(1, 2), (1, 3)]
     assert waypoints.route(walls, (1, 2), (1, 2)) == []
-    with pytest.raises(ValueError, match="no way"):
+    with pytest.raises(ValueError, match="no path"):
         waypoints.route(walls, (1, 1), (1, 5))
 
 
