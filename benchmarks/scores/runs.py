@@ -17,6 +17,7 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "sac": "SAC",
     "td3_bc": "TD3+BC",
     "rebrac": "ReBRAC",
+    "edac": "EDAC",
     "bcq": "BCQ",
     "bear": "BEAR",
     "awr": "AWR",
