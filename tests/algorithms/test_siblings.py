@@ -30,7 +30,7 @@ VERSIONS = {
 }
 # What `train` does from its seeds' keys on is one text; these files have a line more.
 MORE = {
-    "combo": "if run.step == 0:\n    state = state.replace(dynamics=fit_dynamics(",
+    "combo": "if run.step == 0:\n    state = run.restore(state.replace(dynamics=fit_dynamics(",
     "dt": "report(run, cfg.targets)",
 }
 SHARED = """env env_id env_module seed num_seeds num_updates log_every eval_every eval_episodes out
