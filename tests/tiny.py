@@ -20,6 +20,7 @@ RUN = dict(
     batch_size=8,
 )  # fmt: skip
 OWN = {
+    "brac": dict(divergence="wasserstein"),  # which trains all its networks
     "diffuser": dict(horizon=16, diffusion_steps=2, width=32, multiples=(2,), guide_steps=1),
 }
 

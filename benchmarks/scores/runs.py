@@ -20,6 +20,7 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "edac": "EDAC",
     "bcq": "BCQ",
     "bear": "BEAR",
+    "brac": "BRAC",
     "awr": "AWR",
     "awac": "AWAC",
     "iql": "IQL",
