@@ -1,4 +1,4 @@
-"""What is said of offline RL, benchmarks/claims.py: its worlds, its figures, and in short."""
+"""Claims about offline RL, benchmarks/studies/claims.py: its worlds, its figures, short runs."""
 
 import importlib
 import json
