@@ -28,6 +28,7 @@ code:
 - alpha and the weight of the clone's entropy are clipped themselves (their gradients)
 - the weight of the policy's entropy is fixed (an option learns it)
 - acts by the policy's mode (or by the best of 10 samples)
+Otherwise the updates are the authors' (benchmarks/parity).
 """
 
 import sys
