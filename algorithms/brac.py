@@ -17,9 +17,8 @@ Run: python algorithms/brac.py --env halfcheetah-medium-v2 --num-seeds 4
 `--penalty policy`, BRAC-p, has no D in V. `--penalty reward` learns from r - alpha D(s) instead.
 Its Q is BRAC-v's less alpha D(s); no action changes D(s), so the policy's gradient is the same.
 Q is the smaller of two critics. Settings of the authors' command (google-research,
-behavior_regularized_offline_rl). They search alpha and the policy's rate for each dataset; their
-command for a learned c has --alpha 10 --actor-lr 3e-6 --penalty policy. Differs from the authors'
-code:
+behavior_regularized_offline_rl), which with a learned c has --alpha 10 --actor-lr 3e-6 --penalty
+policy; they search alpha and the policy's rate for each dataset. Differs from the authors' code:
 - PyTorch's initialisation (Keras's)
 - target critics start as the critics (at weights of their own)
 - the action in Q is one of those that estimate D (one more)
