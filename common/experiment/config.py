@@ -136,7 +136,7 @@ def _range(field, comment):
         above = (lambda x: x >= float(low)) if left == "[" else (lambda x: x > float(low))
         below = (lambda x: x <= float(high)) if right == "]" else (lambda x: x < float(high))
         words = [f"{WORDS[left]} {low}", *([f"{WORDS[right]} {high}"] if high != "inf" else [])]
-        return ", ".join(words), lambda x: above(x) and below(x)
+        return " and ".join(words), lambda x: above(x) and below(x)
     if is_int:
         sizes = default if isinstance(default, tuple) else (default or 0,)
         low, high = SHARED.get(name, (int(default != 0), 16_384 if max(sizes) <= 1_000 else INT32))
