@@ -31,7 +31,7 @@ def script(cfg):
 
 
 def is_beside_common(cfg):
-    """Whether the algorithm is a copy beside common/, not a file of algorithms/."""
+    """Whether the algorithm's file is a copy beside common/ instead of in algorithms/."""
     return script(cfg).parent == PROJECT
 
 
@@ -134,7 +134,7 @@ def _is_a(value, kind):
 
 
 def source(info):
-    """The arguments of `module` for the algorithm of config.json's content."""
+    """The arguments of `module` for a run. info: the content of its config.json."""
     return info["algorithm"], info.get("beside_common") is True
 
 
