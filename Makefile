@@ -38,7 +38,7 @@ run: install  ## Train IQL on bundled data, five minutes on two cores; ALGORITHM
 	$(BIN)/python algorithms/$(ALGORITHM).py $(RUN)
 
 test: install  ## Run the fast tests.
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: install  ## Run the long tests.
 	$(BIN)/python -m pytest -m slow

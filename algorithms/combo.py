@@ -248,7 +248,7 @@ def init_fit(key, data, cfg):
     return Fit(
         model=TrainState.create(apply_fn=net.apply, params=params, tx=optax.adam(cfg.model_lr)),
         dynamics=Dynamics(params, mean, jnp.where(still, jnp.inf, std + 1e-6)),
-        error=jnp.full(cfg.num_members, jnp.inf),
+        error=jnp.full(cfg.num_members, jnp.inf, jnp.float32),
         stale=jnp.zeros((), int),
         bootstrap=jax.random.choice(k_bootstrap, train, (cfg.num_members, len(train))),
         holdout=holdout,
@@ -602,7 +602,7 @@ def train(cfg, dataset):
     start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
     state = run.restore(start(jax.vmap(jax.random.fold_in, (0, None))(keys, 0), data))
     if run.step == 0:
-        state = state.replace(dynamics=fit_dynamics(keys, data, cfg, run.log))
+        state = run.restore(state.replace(dynamics=fit_dynamics(keys, data, cfg, run.log)))
     chunk = jax.vmap(partial(train_chunk, cfg=cfg, terminal=terminal), (0, None, 0, None))
     chunk = jax.jit(chunk, donate_argnums=0)
     policies = jax.jit(jax.vmap(policy(cfg), (0, 0, 0, 0, None)))

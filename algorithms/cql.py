@@ -11,6 +11,10 @@ Run: python algorithms/cql.py --env halfcheetah-medium-v2
 The sum over actions is an integral. It is estimated for each critic with importance weights from 10
 uniform actions, 10 of pi(. | s) and 10 of pi(. | s') (Appendix F). Options:
 - `--variant rho`: log E_a~pi[exp Q(s, a)] for the sum, the solution for the regulariser -KL(mu, pi)
+- `--variant rho-weighted`: E_a~pi[Q exp Q] / E_a~pi[exp Q], as the paper writes CQL(rho) (Appendix
+  A); its weights learn, too, so its gradient is not that of log E_a~pi[exp Q]
+- `--variant var`: E_a[Q] + sqrt(Var_a[Q] / n(s)) over uniform actions (Appendix A); n(s) are the
+  visits to s, for which `--count` stands where states are continuous
 - `--lagrange GAP`: alpha is tuned to hold the bracket at this gap
 - `--max-backup`: the target takes the best of 10 next actions
 - `--num-actions 1`: a sixth of the arithmetic; the sum then runs over 3 actions
@@ -18,7 +22,7 @@ uniform actions, 10 of pi(. | s) and 10 of pi(. | s') (Appendix F). Options:
 
 Settings and updates are those of the trusted port (github.com/young-geng/CQL): whole squared
 errors, not halved; no entropy in the target. Differs from the port:
-- CQL(rho) (absent)
+- CQL(rho), CQL(var) (absent)
 - the data's own next_obs, so rows at time limits count (dropped)
 - actions of the data are not clipped (to 0.999)
 """
@@ -67,7 +71,8 @@ class Config:
     # --- CQL ---
     alpha: float = 5.0  # weight of the penalty, Eq. (4)
     num_actions: int = 10  # sampled actions of each of the three kinds
-    variant: Literal["H", "rho"] = "H"  # CQL(H): Eq. (4); CQL(rho): rho is the current policy
+    variant: Literal["H", "rho", "rho-weighted", "var"] = "H"  # what is pushed down; H: Eq. (4)
+    count: float = 1.0  # visits that a state counts in CQL(var), in (0, inf)
     lagrange: float | None = None  # gap that alpha is tuned for; default: alpha is fixed
     max_backup: bool = False  # the target takes the best of num_actions next actions
 
@@ -204,21 +209,37 @@ def propose(state, batch, key, cfg):
     return actions, jnp.concatenate([jnp.full((n, size), dim * jnp.log(0.5)), log_pi, next_log_pi])
 
 
+def reference(state, batch, key, cfg):
+    """Actions of rho (N, B, A): the current policy, or uniform in CQL(var)."""
+    if cfg.variant == "var":
+        shape = cfg.num_actions, *batch.action.shape
+        return jax.random.uniform(key, shape, minval=-1, maxval=1)
+    pi = state.actor.apply_fn(state.actor.params, batch.obs)
+    return pi.sample(seed=key, sample_shape=cfg.num_actions)
+
+
+def lowered(q, log_density, cfg):
+    """What the penalty pushes down at each state, (2, B), from Q (2, N, B) of proposed actions."""
+    if cfg.variant == "rho-weighted":
+        return jnp.sum(jax.nn.softmax(q, 1) * q, 1)
+    if cfg.variant == "var":
+        return q.mean(1) + jnp.sqrt(q.var(1) / cfg.count + 1e-12)  # differentiable at equal Q
+    return jax.nn.logsumexp(q - log_density, 1)  # up to the constant log N
+
+
 def critic_loss(q_params, state, batch, key, cfg):
     """Temporal difference and conservative penalty of both critics, Eq. (4)."""
     k_backup, k_propose = jax.random.split(key)
     target = backup(state, batch, k_backup, cfg)
     if cfg.variant == "H":
         action, log_density = propose(state, batch, k_propose, cfg)
-    else:  # actions of rho itself: their density drops out
-        pi = state.actor.apply_fn(state.actor.params, batch.obs)
-        action, log_density = pi.sample(seed=k_propose, sample_shape=cfg.num_actions), 0.0
+    else:  # expectations under rho: its density drops out
+        action, log_density = reference(state, batch, k_propose, cfg), 0.0
     obs = jnp.broadcast_to(batch.obs, (*action.shape[:-1], batch.obs.shape[-1]))
     q_data = state.critic.apply_fn(q_params, batch.obs, batch.action)  # (2, B)
     q_other = state.critic.apply_fn(q_params, obs, action)  # (2, N, B)
     td = jnp.mean((q_data - target) ** 2, 1)  # (2,)
-    soft_max = jax.nn.logsumexp(q_other - log_density, 1)  # (2, B), up to the constant log N
-    gap = jnp.mean(soft_max - q_data, 1)  # (2,)
+    gap = jnp.mean(lowered(q_other, log_density, cfg) - q_data, 1)  # (2,)
     multiplier = 1.0 if cfg.lagrange is None else state.multiplier.apply_fn(state.multiplier.params)
     loss = jnp.sum(td + cfg.alpha * multiplier * gap)
     info = {"critic_loss": loss, "td_loss": td.sum(), "gap": gap.mean(), "q_data": q_data.mean()}

@@ -16,11 +16,12 @@ from common import datasets
 FILES = sorted((Path(__file__).resolve().parents[1] / "algorithms").glob("*.py"))
 NAMES = [path.stem for path in FILES if "\ndef train(" in path.read_text("utf-8")]
 RUN = dict(
-    num_updates=40, log_every=10, eval_every=20, save_every=20, eval_episodes=1, num_seeds=2,
+    num_updates=100, log_every=10, eval_every=50, save_every=50, eval_episodes=1, num_seeds=2,
     batch_size=8,
 )  # fmt: skip
 OWN = {
-    "diffuser": dict(horizon=4, diffusion_steps=2, multiples=(4,), guide_steps=1),
+    "brac": dict(divergence="wasserstein"),  # which trains all its networks
+    "diffuser": dict(horizon=16, diffusion_steps=2, width=32, multiples=(2,), guide_steps=1),
 }
 
 

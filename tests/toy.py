@@ -56,7 +56,13 @@ class State:
 
 def init(key, data, cfg):
     x = jax.random.normal(key, data.action.shape[1:])
-    more = {"pair": (x, x + 1), "none": None, "empty": {}, "half": x.astype(jnp.bfloat16)}
+    more = {
+        "pair": (x, x + 1),
+        "none": None,
+        "weak": 0.5,
+        "empty": {},
+        "half": x.astype(jnp.bfloat16),
+    }
     return State(x, jnp.int32(0), data.obs.mean(0), more)
 
 

@@ -47,7 +47,7 @@ SETTLED = "--num-updates 100000 --eval-every 5000"  # five time constants of a u
 SHORT = {  # flags of three seeds on three datasets, some nights of two CPU cores
     "bc": "--num-updates 50000 --eval-every 5000",
     "10%bc": "--fraction 0.1 --num-updates 50000 --eval-every 5000",
-    **dict.fromkeys("sac td3_bc rebrac bcq bear awr awac iql".split(), SETTLED),
+    **dict.fromkeys("sac td3_bc rebrac edac bcq bear brac awr awac iql".split(), SETTLED),
     "cql": f"{SETTLED} --num-actions 1",
     "combo": f"{SETTLED} --widths 256 256 --max-epochs 100",
     "rvs": "--num-updates 50000 --eval-every 5000 --batch-size 256 --widths 256 256",

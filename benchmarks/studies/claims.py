@@ -1,4 +1,4 @@
-"""Tests six claims of offline RL in two small worlds where true values are known.
+"""Tests seven claims of offline RL in small worlds where true values are known.
 
 The corridor has five places in a row. Action a in [-1, 1] steps right with probability (1 + a) / 2,
 else left (at the first place: it stays). Leaving by the right end pays 1 and ends the episode. So Q
@@ -13,7 +13,8 @@ a grid.
     python -m benchmarks.studies.claims --only iql
 
 The files in algorithms/ do the learning, with small networks and several seeds. Bars and bands go
-from the lowest seed to the highest. The claim about combining episodes is in stitching.py.
+from the lowest seed to the highest. One claim is about the world of stitching.py, where no episode
+takes the best path.
 """
 
 import json
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks.studies import claims_pictures
+from benchmarks.studies import claims_pictures, stitching
 from common import datasets, experiment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -464,8 +465,56 @@ def ceiling(updates=3000, seeds=3, means=(-0.5, -0.25, 0.0, 0.25, 0.5), efforts=
     return found
 
 
+# --- The crossroads of stitching.py ---
+
+
+def first_rows(data, path):
+    """First rows of the episodes along one of its PATHS."""
+    return data.start[stitching.PATHS.index(path) :: len(stitching.PATHS)]
+
+
+def earned(data, gamma):
+    """By how much the way to B pays more from A than that to F: in the data; if it went on to C."""
+    to_f, to_b, from_b = (first_rows(data, path) for path in ("AF", "ABD", "BC"))
+    returns = data.steps(gamma).returns_to_go
+    at_b = np.linalg.norm(data.obs - stitching.PLACES["B"], axis=1) < stitching.RADIUS
+    steps = np.array([np.argmax(at_b[row:]) for row in to_b])  # to B
+    best = np.mean(gamma**steps) * returns[from_b].mean()
+    return returns[to_b].mean() - returns[to_f].mean(), best - returns[to_f].mean()
+
+
+def stitched(updates=4000, seeds=5, lams=(0.0, 0.5, 0.95, 1.0)):
+    """At stitching.py's A: the advantage of going to B over that of going to F, by AWR's lambda and
+    by AWAC, and the share of episodes that arrive at C."""
+    data, cfg = stitching.dataset(), stitching.Config(updates=updates, seeds=seeds)
+    ways, key = [first_rows(data, path) for path in ("AF", "ABD")], jax.random.key(0)
+    rows = np.concatenate(ways)
+    runs = {f"lambda {lam:g}": ("AWR", {"lam": lam}) for lam in lams} | {"AWAC": ("AWAC", {})}
+    found = {"lams": lams, "gap": [], "to C": []}
+    for who, more in runs.values():
+        module, own = stitching.resolved(who, data, cfg, **more)
+        act, state = stitching.train(who, data, cfg, **more)
+
+        def advantages(state, module=module, own=own):
+            if module.__name__.endswith("awr"):
+                whole = module.Episodes(data.transitions(), data.start + data.length - 1)
+                v = state.value.apply_fn(state.value.params, module.normalise(state, data.obs))
+                return (module.label(state, whole, own)[0] - v / (1 - own.gamma))[rows]
+            batch = module.minibatch(state, data.transitions(), rows)
+            return module.advantage(state, batch, key, replace(own, num_samples=20))
+
+        gap = np.asarray(jax.jit(jax.vmap(advantages))(state), float)  # (S, F's rows and B's)
+        to_f, to_b = np.split(gap, [len(ways[0])], 1)
+        found["gap"].append(to_b.mean(1) - to_f.mean(1))
+        _, returns = stitching.episodes_from_a(act, state, cfg)
+        found["to C"].append(np.mean(returns == stitching.PAYS["C"], 1))
+    found |= {name: spread(found[name]) for name in ("gap", "to C")}
+    found["of the data"], found["best"] = earned(data, stitching.TD["gamma"])
+    return found
+
+
 CLAIMS = {"naive": naive, "cql": conservative, "iql": implicit}
-CLAIMS |= {"awac": weighted, "combo": model_based, "bc": ceiling}
+CLAIMS |= {"awac": weighted, "combo": model_based, "bc": ceiling, "awr": stitched}
 
 
 def plain(x):

@@ -137,6 +137,20 @@ def bc(found, *axes):
     axes[0].legend(fontsize=8, loc="lower right")
 
 
+def awr(found, axis):
+    names = [*(f"AWR\nlambda {lam:g}" for lam in found["lams"]), "AWAC"]
+    levels(axis, {"what the data earned": (found["of the data"], "C3")})
+    levels(axis, {"what can be earned": (found["best"], "C2"), "": (0, "0.3")})
+    for x, colour in ((slice(None, -1), "C0"), (slice(-1, None), "C1")):
+        seeds = {k: v[x] for k, v in found["gap"].items()}
+        dots(axis, np.arange(len(names))[x], seeds, None, colour)
+    for x, share in enumerate(found["to C"]["mean"]):
+        axis.annotate(f"{share:.0%} to C", (x, found["gap"]["mean"][x]), (8, -3),
+                      textcoords="offset points", fontsize=9)  # fmt: skip
+    axis.set_xticks(range(len(names)), names)
+    axis.set(xlim=(-0.5, len(names)), ylabel="advantage at A: towards B less towards F")
+
+
 PICTURES = {  # name: (its panels, its title)
     "naive": (naive, "Naive off-policy learning (SAC) overestimates actions outside the data;\n"
               "conservative Q-learning (CQL) does not"),
@@ -149,4 +163,6 @@ PICTURES = {  # name: (its panels, its title)
               "once beta is large; at 0.5 some seeds still overestimate"),
     "bc": (bc, "BC's ceiling is the behaviour: it can save no more than what the noise costs.\n"
            "IQL goes beyond on the same data"),
+    "awr": (awr, "AWR's advantage is what the data earned after an action, with any lambda;\n"
+            "AWAC's is what its own policy will earn: it alone joins two paths"),
 }  # fmt: skip

@@ -16,7 +16,7 @@ Writes stitching.json and stitching.png to benchmarks/results.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -43,11 +43,14 @@ DT |= dict(num_updates=1000, eval_every=1000)
 DIFFUSER = dict(horizon=8, diffusion_steps=20, multiples=(1, 2), width=32, lr=1e-3, gamma=0.95)
 DIFFUSER |= dict(guide_scale=3.0, guide_stop=1, samples=16, end_return=0.0, return_scale=10.0)
 DIFFUSER |= dict(num_updates=2000, eval_every=2000, ddim_steps=10, plan_every=2)
+AWR = dict(actor_lr=1e-3, critic_lr=0.05, std=0.4, temperature=0.3)
 RUNS = {  # method: (file, settings)
     "BC": ("bc", SMALL),
     "%BC, best half": ("bc", SMALL | dict(fraction=0.5)),
     "DT, asked for 10": ("dt", DT),
+    "RvS, asked for 10": ("rvs", SMALL | dict(target=10.0)),
     "Diffuser": ("diffuser", DIFFUSER),
+    "AWR": ("awr", TD | AWR),
     "AWAC": ("awac", TD | dict(lr=1e-3)),
     "IQL": ("iql", TD | dict(lr=1e-3, tau=0.9)),
     "CQL": ("cql", TD),
@@ -105,21 +108,34 @@ def ended(obs, action, next_obs):
     return (jnp.linalg.norm(next_obs[..., None, :] - places, axis=-1) < RADIUS).any(-1)
 
 
-def train(who, data, cfg):
-    """(policy, states of all seeds) of a method of RUNS, trained as by its file's `train`."""
+def resolved(who, data, cfg, **more):
+    """(module, its Config) of a method of RUNS; more: settings in place of its own."""
     name, settings = RUNS[who]
     module = experiment.module(name)
     sizes = dict(seed=cfg.seed, num_seeds=cfg.seeds, num_updates=cfg.updates)
     sizes |= dict(log_every=cfg.updates, eval_every=cfg.updates, env=data.name)
-    own = experiment.resolve(module.Config(**sizes | settings), getattr(module, "TUNED", {}))
+    own = module.Config(**sizes | settings | more)
+    if name == "rvs":
+        own = replace(own, horizon=int(data.length.max()))
+    return module, experiment.resolve(own, getattr(module, "TUNED", {}))
+
+
+def train(who, data, cfg, **more):
+    """(policy, states of all seeds) of a method of RUNS, trained as by its file's `train`."""
+    name, _ = RUNS[who]
+    module, own = resolved(who, data, cfg, **more)
     chunk, batch = partial(module.train_chunk, cfg=own), data.transitions()
     if name in ("dt", "diffuser"):
         batch = data.steps(getattr(own, "gamma", 1.0))
+    if name == "rvs":
+        batch = module.hindsight(data, own)
     if name == "bc":
         rows = module.best_episodes(data, own.fraction)
         batch = jax.tree.map(lambda x: x[rows], batch)
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.seeds))
     state = jax.jit(jax.vmap(partial(module.init, cfg=own), (0, None)))(keys, batch)
+    if name == "awr":
+        batch = module.Episodes(batch, data.start + data.length - 1)
     if name == "combo":
         state = state.replace(dynamics=module.fit_dynamics(keys, batch, own, lambda line: None))
         chunk = partial(chunk, terminal=ended)

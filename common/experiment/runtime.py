@@ -96,6 +96,8 @@ def shard_seeds(tree):
     devices = jax.local_devices()
     count = max(n for n in range(1, len(devices) + 1) if seeds % n == 0)
     mesh = jax.sharding.Mesh(np.array(devices[:count]), "seed")
+    # weak types, which a checkpoint does not keep, would make a resumed run another program
+    tree = jax.tree.map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)
     return jax.device_put(tree, jax.NamedSharding(mesh, jax.P("seed")))
 
 

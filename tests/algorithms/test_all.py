@@ -8,7 +8,9 @@ import csv
 import dataclasses
 import importlib
 import json
+import logging
 import os
+import re
 import runpy
 import signal
 import sys
@@ -28,7 +30,8 @@ from common import experiment
 from common.evaluation import __main__ as scoring
 from common.experiment import TIMING, checkpoint, plots
 
-STEPS, SEEDS = (10, 20, 30, 40), (0, 1)
+BEFOREHAND = "['dynamics']", "['behaviour']"
+STEPS, SEEDS = range(10, 101, 10), (0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +42,33 @@ def data(tmp_path_factory):
         yield tiny.dataset(folder / "tiny.hdf5")
 
 
+class Listener(logging.Handler):
+    """Keeps the names of the programs that JAX compiles."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def emit(self, record):
+        self.names += re.findall(r"Compiling jit\((\w+)\)", record.getMessage())
+
+
 @pytest.fixture(scope="module", params=tiny.NAMES)
 def whole(request, data, tmp_path_factory):
     """A run by the command line: name, module, folder and what the command said."""
     name, out = request.param, tmp_path_factory.mktemp(request.param)
     where = ["--env", data.name, "--env-id", data.env_id, "--out", out]
-    code, text, errors = run(name, *where, *tiny.flags(tiny.settings(name)))
+    compiled, logger = Listener(), logging.getLogger("jax._src.interpreters.pxla")
+    logger.addHandler(compiled)
+    with jax.log_compiles():
+        code, text, errors = run(name, *where, *tiny.flags(tiny.settings(name)))
+    logger.removeHandler(compiled)
     assert code == 0, errors
     (folder,) = out.glob(f"{name}/*/*")
     module = importlib.import_module(name)
-    yield SimpleNamespace(name=name, module=module, folder=folder, text=text, errors=errors)
+    yield SimpleNamespace(
+        name=name, module=module, folder=folder, text=text, errors=errors, compiled=compiled.names
+    )
     jax.clear_caches()
 
 
@@ -99,18 +119,28 @@ def test_a_run_is_whole(whole):
     assert steps == [(step, seed) for step in STEPS for seed in SEEDS]
     of_evaluation = {"return_mean", "return_std", "score"}
     for row in rows:
-        evaluated = int(row["step"]) % 20 == 0
+        evaluated = int(row["step"]) % 50 == 0
         for name, x in row.items():
             assert np.isfinite(float(x)) or (name in of_evaluation and not evaluated), (name, row)
     returns = json.loads((whole.folder / "returns.json").read_text())
-    assert {step: np.shape(x) for step, x in returns.items()} == {"20": (2, 1), "40": (2, 1)}
+    assert {step: np.shape(x) for step, x in returns.items()} == {"50": (2, 1), "100": (2, 1)}
     info = json.loads((whole.folder / "config.json").read_text())
     assert info["algorithm"] == whole.name and info["dims"] == [64, 11, 3]
     assert (whole.folder / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert checkpoint.read(whole.folder)[0] == 40
+    assert checkpoint.read(whole.folder)[0] == 100
     assert "updates/s" in whole.text and "Final" in whole.text
     assert "Warning" not in whole.errors and "Traceback" not in whole.errors
     assert all(np.isfinite(x).all() for x in saved(whole.folder).values() if x.dtype.kind == "f")
+
+
+def test_each_program_is_compiled_once(whole):
+    """The second chunk is of the first one's types, and so on. A policy with memory is compiled
+    without one and with it."""
+    own = [name for name in whole.compiled if hasattr(whole.module, name)]
+    assert {"init", "train_chunk"} <= set(own)
+    assert own.count("act") <= 2
+    own = [name for name in own if name != "act"]
+    assert len(own) == len(set(own)), own
 
 
 def test_scored_again_it_earns_the_same_bits(whole, capsys):
@@ -121,9 +151,11 @@ def test_scored_again_it_earns_the_same_bits(whole, capsys):
 
 
 def test_the_weights_learn_and_no_two_seeds_are_alike(whole):
-    """Since the checkpoint before the last one; a dynamics model is trained beforehand."""
+    """Since the checkpoint before the last one. A model of the environment and a cloned behaviour
+    are trained beforehand."""
     state, before = saved(whole.folder), saved(whole.folder, "checkpoint.old")
-    weights = [path for path in state if "kernel" in path and "dynamics" not in path]
+    weights = [path for path in state if "kernel" in path]
+    weights = [path for path in weights if not path.startswith(BEFOREHAND)]
     assert weights
     for path in weights:
         assert (state[path] != before[path]).mean() > 0.5, path
@@ -136,22 +168,23 @@ def test_the_weights_learn_and_no_two_seeds_are_alike(whole):
 def test_train_from_python_gives_the_commands_bits_in_chunks_of_any_size(
     whole, data, tmp_path, no_curve
 ):
-    """The state of `train(cfg, dataset)`, without a command line and in one chunk of 40 updates;
-    the command's were four, with an evaluation between them."""
-    cfg = tiny.config(whole.name, log_every=40, eval_every=40, out=str(tmp_path))
+    """The state of `train(cfg, dataset)`, without a command line, in chunks of 50 updates and with
+    one evaluation; the command's were of 10, with two evaluations."""
+    cfg = tiny.config(whole.name, log_every=50, eval_every=100, out=str(tmp_path))
     state = whole.module.train(cfg, data)
     assert differing(leaves(state), saved(whole.folder)) == []
     (folder,) = tmp_path.glob(f"{whole.name}/*/*")
     rows, fine = table(folder), table(whole.folder)
-    assert [row["step"] for row in rows] == ["40", "40"]
-    for seed, row in enumerate(rows):
-        parts = [x for x in fine if x["seed"] == str(seed)]
+    assert [row["step"] for row in rows] == ["50", "50", "100", "100"]
+    for row in rows:
+        parts = [x for x in fine if x["seed"] == row["seed"]]
+        parts = [
+            x for x in parts if int(x["step"]) in range(int(row["step"]) - 40, int(row["step"]) + 1)
+        ]
         for name in row.keys() - {"step", "seed", "return_mean", "return_std", "score"}:
             mean = np.mean([float(x[name]) for x in parts])
             np.testing.assert_allclose(float(row[name]), mean, rtol=1e-4, atol=1e-5, err_msg=name)
-        assert [row[x] for x in ("return_mean", "score")] == [
-            parts[-1][x] for x in ("return_mean", "score")
-        ]
+    assert [x["return_mean"] for x in rows[2:]] == [x["return_mean"] for x in fine[-2:]]
 
 
 class Killed(BaseException):
@@ -161,7 +194,7 @@ class Killed(BaseException):
 def test_interrupted_and_killed_it_ends_with_the_same_bits(
     whole, data, tmp_path, no_curve, monkeypatch
 ):
-    """Ctrl-C at step 10, no evaluation; killed at step 30 before anything is saved; resumed."""
+    """Ctrl-C at step 10, no evaluation; killed at step 70 before anything is saved; resumed."""
     record = experiment.Run.record
 
     def interrupted(self, step, *args):
@@ -172,7 +205,7 @@ def test_interrupted_and_killed_it_ends_with_the_same_bits(
 
     def killed(self, step, *args):
         record(self, step, *args)
-        if step == 30:
+        if step == 70:
             raise Killed
 
     monkeypatch.setattr(experiment.Run, "record", interrupted)
@@ -184,22 +217,22 @@ def test_interrupted_and_killed_it_ends_with_the_same_bits(
     monkeypatch.setattr(experiment.Run, "record", killed)
     with pytest.raises(Killed):
         run(whole.name, "--resume", folder)
-    assert checkpoint.read(folder)[0] == 20 and table(folder)[-1]["step"] == "30"
+    assert checkpoint.read(folder)[0] == 50 and table(folder)[-1]["step"] == "70"
     monkeypatch.setattr(experiment.Run, "record", record)
     code, text, errors = run(whole.name, "--resume", folder)
     assert code == 0, errors
-    assert "Resumed at step 20" in text
+    assert "Resumed at step 50" in text
     for name in ("checkpoint/state.msgpack", "checkpoint/checkpoint.json", "returns.json"):
         assert (folder / name).read_bytes() == (whole.folder / name).read_bytes(), name
     assert table(folder) == table(whole.folder)
 
 
 def test_a_seed_of_many_is_that_seed_alone(whole, data, tmp_path, no_curve):
-    """The second seed, trained by itself: the same to float32's rounding."""
+    """The second seed, 100 updates by itself: the same to float32's rounding."""
     cfg = tiny.config(whole.name, seed=1, num_seeds=1, eval_episodes=0, out=str(tmp_path))
     alone = leaves(whole.module.train(cfg, data))
     for path, x in saved(whole.folder).items():
-        np.testing.assert_allclose(alone[path][0], x[1], rtol=1e-4, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(alone[path][0], x[1], rtol=1e-5, atol=1e-5, err_msg=path)
 
 
 def test_a_run_whose_seeds_diverge_ends_in_one_message(whole, data, tmp_path):
@@ -284,7 +317,7 @@ def test_values_that_are_no_number_or_out_of_range_are_refused(name):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (dict(num_updates=30), "--num-updates 30: must be a multiple of --eval-every 20"),
+        (dict(num_updates=80), "--num-updates 80: must be a multiple of --eval-every 50"),
         (dict(batch_size=65), "--batch-size 65: .* has only 64 transitions"),
         (dict(num_seeds=0), "--num-seeds 0: must be from 1"),
     ],

@@ -234,7 +234,7 @@ def test_a_perturbation_stays_within_phi_and_the_bounds(phi, state, batch):
 def test_acting_takes_the_candidate_that_the_first_critic_likes_best(state, data):
     """Of normalised observations; the smaller critic would choose others."""
     rows = data.obs[:B]
-    action = bcq.act(state, rows, KEY, CFG)
+    action = JIT(partial(bcq.act, cfg=CFG))(state, rows, KEY)
     p, mean, std = params64(state), np.mean(data.obs, 0), np.std(data.obs, 0) + 1e-3
     obs = np.broadcast_to((f64(rows) - mean) / std, (CFG.eval_samples, *rows.shape))
     many = candidates64(p.actor, p.vae, obs, KEY, CFG.phi)

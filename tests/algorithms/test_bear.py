@@ -315,7 +315,7 @@ def test_the_multiplier_starts_at_random_and_in_d4rls_form_at_one(data):
 
 def test_acting_takes_the_sample_that_the_first_critic_likes_best(state, data):
     rows = data.obs[:B]
-    action = bear.act(state, rows, KEY, CFG)
+    action = JIT(partial(bear.act, cfg=CFG))(state, rows, KEY)
     p, mean, std = params64(state), np.mean(data.obs, 0), np.std(data.obs, 0) + 1e-3
     obs = (f64(rows) - mean) / std
     many = np.tanh(policy64(p.actor, obs, KEY, CFG.eval_samples, np.inf))

@@ -92,8 +92,8 @@ def test_a_copy_beside_common_works_with_a_file(tmp_path):
 
 def test_killed_and_resumed_it_ends_as_an_uninterrupted_run(tmp_path):
     """Killed after its first checkpoint; the metrics and the weights are those of a whole run."""
-    words = ["--num-updates", "3000", "--eval-every", "500", "--eval-episodes", "1"]
-    words += ["--env", "stillwater/pendulum/medium-v0"]
+    words = ["--num-updates", "30000", "--eval-every", "5000", "--eval-episodes", "1"]
+    words += ["--widths", "8", "--batch-size", "8", "--env", "stillwater/pendulum/medium-v0"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for folder in (whole, parts):
         folder.mkdir()
@@ -109,13 +109,13 @@ def test_killed_and_resumed_it_ends_as_an_uninterrupted_run(tmp_path):
         running.kill()
         running.wait()
     found, run = rows(parts)
-    assert found[-1]["step"] != "3000", "too late: nothing was interrupted"
+    assert found[-1]["step"] != "30000", "too late: nothing was interrupted"
     code, _, err = command("iql.py", "--resume", str(run), cwd=parts)
     assert code == 0, err
 
     timing = {"seconds", "updates_per_second"}
     (wanted, reference), (found, _) = rows(whole), rows(parts)
-    assert len(wanted) == 6
+    assert len(wanted) == 30
     for a, b in zip(wanted, found, strict=True):
         assert {k: a[k] for k in a.keys() - timing} == {k: b[k] for k in b.keys() - timing}
     last = [r / "checkpoint" for r in (reference, run)]

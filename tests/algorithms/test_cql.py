@@ -24,6 +24,8 @@ LAGRANGE = replace(CFG, lagrange=0.5)
 CONFIGS = {
     "H": CFG,
     "rho": replace(CFG, variant="rho"),
+    "rho-weighted": replace(CFG, variant="rho-weighted"),
+    "var": replace(CFG, variant="var", count=3.0),
     "lagrange": LAGRANGE,
     "max_backup": replace(CFG, max_backup=True),
     "sac": replace(CFG, alpha=0.0),
@@ -118,19 +120,28 @@ def log_sum_exp(x, axis):
     return np.log(np.sum(np.exp(x - top), axis)) + top.squeeze(axis)
 
 
-def gap64(q, p, b, action, log_density):
+def lowered64(values, log_density, cfg):
+    """Of values (2, N, B): what stands for the sum over actions in Eq. (4), (2, B)."""
+    if cfg.variant == "rho-weighted":
+        weight = np.exp(values - values.max(1, keepdims=True))
+        return np.sum(weight * values, 1) / np.sum(weight, 1)
+    if cfg.variant == "var":
+        mean = values.mean(1)
+        return mean + np.sqrt(np.mean((values - mean[:, None]) ** 2, 1) / cfg.count)
+    return log_sum_exp(values if log_density is None else values - log_density, 1)
+
+
+def gap64(q, p, b, cfg, action, log_density):
     """The bracket of Eq. (4), of each critic by itself; over 30 values in CQL(H)."""
     values = q64(q, b.obs, action)
-    if log_density is not None:
-        values = values - log_density
-    return np.mean(log_sum_exp(values, 1) - q64(q, b.obs, b.action), 1)  # (2,)
+    return np.mean(lowered64(values, log_density, cfg) - q64(q, b.obs, b.action), 1)  # (2,)
 
 
 def critic_loss64(q, p, b, cfg, target, action, log_density):
     first, second = q64(q, b.obs, b.action)
     td = np.mean((first - target) ** 2) + np.mean((second - target) ** 2)
     weight = cfg.alpha * (np.exp(p.multiplier["params"]["log"]) if cfg.lagrange is not None else 1)
-    return td + weight * gap64(q, p, b, action, log_density).sum()
+    return td + weight * gap64(q, p, b, cfg, action, log_density).sum()
 
 
 def frozen64(p, state, batch, key, cfg):
@@ -138,8 +149,10 @@ def frozen64(p, state, batch, key, cfg):
     k_backup, k_propose = jax.random.split(key)
     b = f64(batch)
     target = backup64(p, b, k_backup, cfg)
-    if cfg.variant == "rho":
+    if cfg.variant in ("rho", "rho-weighted"):
         return target, sample64(p.actor, b.obs, k_propose, cfg.num_actions)[0], None
+    if cfg.variant == "var":
+        return target, np.float64(cql.reference(state, batch, k_propose, cfg)), None
     uniform = np.float64(cql.propose(state, batch, k_propose, cfg)[0][: cfg.num_actions])
     return target, *propose64(p, b, k_propose, cfg, uniform)
 
@@ -229,7 +242,7 @@ def test_critic_loss(name, state, batch):
     loss, info = cql.critic_loss(state.critic.params, state, batch, KEY, cfg)
     constants = frozen64(p, state, batch, KEY, cfg)
     np.testing.assert_allclose(loss, critic_loss64(p.critic, p, b, cfg, *constants), rtol=2e-5)
-    gap = gap64(p.critic, p, b, *constants[1:])
+    gap = gap64(p.critic, p, b, cfg, *constants[1:])
     assert abs(gap[0] - gap[1]) > 0.01  # the critics differ: mixing them would show
     np.testing.assert_allclose(info["gap"], gap.mean(), rtol=2e-5)
 
@@ -280,7 +293,7 @@ def test_one_update(state, batch):
     grads = gradient(lambda x: critic_loss64(x, p, b, cfg, *constants), p.critic)
     assert_first_adam_step(state.critic, new.critic, grads, cfg.critic_lr)
 
-    gap = gap64(p.critic, p, b, *constants[1:]).mean()
+    gap = gap64(p.critic, p, b, cfg, *constants[1:]).mean()
     grad = -cfg.alpha * np.exp(p.multiplier["params"]["log"]) * (gap - cfg.lagrange)
     grads = {"params": {"log": np.array(grad)}}
     assert_first_adam_step(state.multiplier, new.multiplier, grads, cfg.critic_lr)
@@ -332,6 +345,63 @@ def test_penalty_lowers_q_at_proposals_and_raises_it_at_data(variant, state, bat
     np.testing.assert_allclose(grads["other"], share / B, rtol=1e-3, atol=1e-6)  # where Q is large
 
 
+@pytest.mark.parametrize(
+    ("variant", "values", "lowered", "slope"),
+    [
+        ("rho", [0, np.log(3)], np.log(4), [0.25, 0.75]),
+        ("rho-weighted", [0, np.log(3)], 0.8240, [0.0440, 0.9560]),
+        ("var", [0, 2], 1.5, [0.25, 0.75]),  # 1 + sqrt(1 / 4)
+        ("rho", [7, 7], 7 + np.log(2), [0.5, 0.5]),
+        ("rho-weighted", [7, 7], 7, [0.5, 0.5]),
+        ("var", [7, 7], 7, [0.5, 0.5]),
+    ],
+)
+def test_what_the_variants_push_down_by_hand(variant, values, lowered, slope):
+    """Of two equally likely actions; a gradient of CQL(rho) with its weights held still is that of
+    its logarithmic form."""
+    q = jnp.float32(values)[None, :, None]
+    cfg = replace(CFG, variant=variant, count=4.0)
+    np.testing.assert_allclose(cql.lowered(q, 0.0, cfg), [[lowered]], rtol=1e-4)
+    found = jax.grad(lambda q: cql.lowered(q, 0.0, cfg).sum())(q)
+    np.testing.assert_allclose(found[0, :, 0], slope, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["rho-weighted", "var"])
+def test_the_papers_other_variants_move_every_value(variant, state, batch):
+    """By the derivative of what they push down; in each row as much as the data's rises."""
+    state, cfg = tabled(state, n=N), CONFIGS[variant]
+    grads = penalty_gradient(state, batch, cfg)
+    q = f64(state.critic.params["other"])
+    if variant == "var":
+        apart = q - q.mean(1, keepdims=True)
+        share = (1 + apart / np.sqrt(cfg.count * q.var(1, keepdims=True))) / N
+    else:
+        weight = np.exp(q - log_sum_exp(q, 1)[:, None])
+        share = weight * (1 + q - np.sum(weight * q, 1, keepdims=True))
+    np.testing.assert_allclose(grads["other"], share / B, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(grads["other"].sum(1), 1 / B, rtol=1e-3)
+    np.testing.assert_allclose(grads["data"], -1 / B, rtol=1e-4)
+    assert np.any(grads["other"] < 0)  # far below the mean, Q rises
+
+
+def test_more_visits_leave_less_of_the_variance(state, batch):
+    """With very many, CQL(var) lowers the mean of uniform actions and nothing else."""
+    state = tabled(state, n=N)
+    few, many = (replace(CONFIGS["var"], count=n) for n in (1.0, 1e8))
+    grads = [penalty_gradient(state, batch, cfg)["other"] for cfg in (few, many)]
+    np.testing.assert_allclose(grads[1], 1 / (N * B), rtol=1e-3)
+    assert grads[0].std() > 0.1 / (N * B)
+
+
+def test_actions_of_cql_var_are_uniform(state, batch):
+    cfg = replace(CONFIGS["var"], num_actions=500)
+    action = cql.reference(state, batch, KEY, cfg)
+    chex.assert_shape(action, (500, B, A))
+    assert -1 <= action.min() < -0.99 < 0.99 < action.max() <= 1
+    np.testing.assert_allclose(action.mean((0, 1)), 0, atol=0.03)
+    np.testing.assert_allclose(action.var((0, 1)), 1 / 3, atol=0.03)
+
+
 @pytest.mark.parametrize("member", [0, 1])
 def test_each_critic_is_penalised_by_itself(member, state, batch):
     state = tabled(state)
@@ -347,7 +417,8 @@ def test_a_step_on_the_penalty_opens_the_gap_in_each_network(state, batch):
     _, k_propose = jax.random.split(KEY)
     action, log_density = cql.propose(state, batch, k_propose, CFG)
     action, log_density, b = f64(action), f64(log_density), f64(batch)
-    old, new = (gap64(f64(q), None, b, action, log_density) for q in (state.critic.params, params))
+    inputs = None, b, CFG, action, log_density
+    old, new = (gap64(f64(q), *inputs) for q in (state.critic.params, params))
     assert np.all(new < old - 1e-5)
 
 

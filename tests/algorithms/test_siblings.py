@@ -18,9 +18,9 @@ IDEA |= {"actor_loss", "critic_loss", "value_loss", "model_loss", "advantage"}
 # and these, each text shared by the files between two bars: other kinds of policy and of data.
 # Files that are not named share one text: a new one is named only where it differs from them.
 VERSIONS = {
-    "Actor": "awr | bear | combo cql edac sac | rebrac td3_bc | rvs",
+    "Actor": "awr | bear | brac | combo cql edac sac | rebrac td3_bc | rvs",
     "Critic": "rebrac",
-    "act": "bcq bear | combo cql edac sac | diffuser | dt | rebrac td3_bc | rvs",
+    "act": "bcq bear | brac combo cql edac sac | diffuser | dt | rebrac td3_bc | rvs",
     "policy": "bcq bear | diffuser | dt rvs",
     "minibatch": "awr | diffuser | dt | rvs",
     "train_chunk": "awr | combo | diffuser dt | rebrac td3_bc | rvs",
@@ -30,7 +30,8 @@ VERSIONS = {
 }
 # What `train` does from its seeds' keys on is one text; these files have a line more.
 MORE = {
-    "combo": "if run.step == 0:\n    state = state.replace(dynamics=fit_dynamics(",
+    "combo": "if run.step == 0:\n    state = run.restore(state.replace(dynamics=fit_dynamics(",
+    "brac": "if run.step == 0:\n    state = run.restore(clone_behaviour(",
     "dt": "report(run, cfg.targets)",
 }
 SHARED = """env env_id env_module seed num_seeds num_updates log_every eval_every eval_episodes out

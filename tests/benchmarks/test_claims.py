@@ -1,4 +1,4 @@
-"""What is said of offline RL, benchmarks/claims.py: its worlds, its figures, and in short."""
+"""Claims about offline RL, benchmarks/studies/claims.py: its worlds, its figures, short runs."""
 
 import importlib
 import json
@@ -249,8 +249,17 @@ def bc_holds(found, atol=0.03):
     assert np.all(iql < best[:, None] + 0.01)
 
 
+def awr_holds(found, atol=0.5):
+    gap, to_c = found["gap"], np.array(found["to C"]["mean"])
+    assert found["of the data"] < -3 and found["best"] > 1
+    assert max(gap["highest"][:-1]) < -0.3  # AWR: F is the better way, whatever its lambda ...
+    np.testing.assert_allclose(gap["mean"][-2], found["of the data"], atol=atol)  # ... by returns
+    assert gap["lowest"][-1] > 0.5  # AWAC: the way to B
+    assert np.all(to_c[:-1] < 0.2) and to_c[-1] > 0.8
+
+
 HOLDS = {"naive": naive_holds, "cql": cql_holds, "iql": iql_holds}
-HOLDS |= {"awac": awac_holds, "combo": combo_holds, "bc": bc_holds}
+HOLDS |= {"awac": awac_holds, "combo": combo_holds, "bc": bc_holds, "awr": awr_holds}
 SHORT = {
     "naive": dict(updates=1200, every=400, seeds=1),
     "cql": dict(updates=1500, seeds=1),
@@ -258,6 +267,7 @@ SHORT = {
     "awac": dict(updates=2000, seeds=1, lambdas=(3.0, 0.1, 0.003)),
     "combo": dict(updates=2400, seeds=1, betas=(0.0, 5.0)),
     "bc": dict(updates=1500, seeds=1, means=(-0.5, 0.25)),
+    "awr": dict(updates=3000, seeds=1, lams=(1.0,)),
 }
 
 
@@ -268,6 +278,16 @@ def test_claim_holds_in_the_stored_figures(name):
 
 def in_short(name, **slack):
     HOLDS[name](claims.plain(claims.CLAIMS[name](**SHORT[name])), **slack)
+
+
+def test_what_the_two_ways_from_a_earned():
+    """By the data's own returns; towards C it is what a walk without noise earns, nearly."""
+    data, gamma = claims.stitching.dataset(), 0.95
+    assert set(data.returns()[data.start.searchsorted(claims.first_rows(data, "ABD"))]) == {0.0}
+    assert set(data.returns()[data.start.searchsorted(claims.first_rows(data, "AF"))]) == {5.0}
+    of_data, best = claims.earned(data, gamma)
+    np.testing.assert_allclose(of_data, -5 * gamma**3, atol=0.1)  # pays on the fourth step
+    np.testing.assert_allclose(best, 10 * gamma**7 - 5 * gamma**3, atol=0.4)
 
 
 @pytest.mark.parametrize("name", ["iql", "awac", "bc"])
@@ -329,5 +349,5 @@ def test_picture_is_the_stored_one_and_small(name, tmp_path):
 
 
 def test_an_unknown_claim_is_refused():
-    with pytest.raises(SystemExit, match="must be one of naive, cql, iql, awac, combo, bc"):
+    with pytest.raises(SystemExit, match="must be one of naive, cql, iql, awac, combo, bc, awr"):
         claims.main(claims.Config(only="x"))

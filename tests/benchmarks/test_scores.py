@@ -239,7 +239,7 @@ def test_every_budget_has_every_algorithm(budget, tmp_path):
     updates = {(cell.algorithm, cell.config.num_updates) for cell in cells}
     assert len(updates) == len(files)
     if budget == "full":
-        fewer = {"dt": 100_000, "rvs": 100_000}
-        assert dict(updates) == dict.fromkeys(dict(updates), 1_000_000) | fewer
+        other = {"dt": 100_000, "rvs": 100_000, "brac": 500_000, "edac": 3_000_000}
+        assert dict(updates) == dict.fromkeys(dict(updates), 1_000_000) | other
     for name in scores.DATASETS:
         assert (ROOT / "data/stillwater" / name).is_dir()

@@ -1,4 +1,4 @@
-"""The FLOPs that benchmarks/speed.py divides by, beside XLA's own count of one update."""
+"""The FLOPs that benchmarks/speed divides by, beside XLA's own count of one update."""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""Who joins two paths of the data to one that nobody went, benchmarks/stitching.py in short."""
+"""Which methods join two paths of the data to one that nobody took: studies/stitching.py, short."""
 
 import numpy as np
 import pytest

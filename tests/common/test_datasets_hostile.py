@@ -84,7 +84,7 @@ VALUES = {
     "complex": ("rewards", lambda v: v.astype(complex), "values, not numbers"),
     "record": ("rewards", lambda v: np.zeros(N, [("x", "f4")]), "values, not numbers"),
     "flat obs": ("observations", lambda v: v[:, 0], "has shape (6,), needs 2 axes"),
-    "column reward": ("rewards", lambda v: v[:, None], "has shape (6, 1), needs 1 axes"),
+    "two rewards": ("rewards", lambda v: np.c_[v, v], "has shape (6, 2), needs 1 axes"),
     "scalar": ("rewards", lambda v: 1.0, "has shape (), needs 1 axes"),
     "null": ("rewards", lambda v: h5py.Empty("f4"), "has shape None"),
     "no columns": ("observations", lambda v: v[:, :0], "has shape (6, 0)"),

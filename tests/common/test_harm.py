@@ -407,6 +407,7 @@ def settings(monkeypatch, name):
     elif name == "XLA_FLAGS":
         monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     elif name == "affinity":
+        monkeypatch.delenv("NPROC", raising=False)  # which XLA asks first
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)), raising=False)
     elif name == "devices":
         monkeypatch.setattr(jax, "local_device_count", lambda: 5)
@@ -689,7 +690,8 @@ def test_scoring_a_whole_folder(scored, capsys, monkeypatch):
 # --- Ctrl-C before the loop ---
 
 EARLY = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
 sys.path[:0] = ["tests", "."]
 import toy
 def wait(cfg):
