@@ -81,6 +81,12 @@ def create(cfg, dataset, facts):
     return folder
 
 
+def extend(folder, info, num_updates):
+    """Writes config.json with a larger `num_updates`. info: its content, which is changed."""
+    info["config"]["num_updates"] = num_updates
+    files.write(folder / "config.json", json.dumps(info, indent=2) + "\n")
+
+
 def read(folder):
     """The content of config.json, a dict; its `dims` are N rows, D and A. Raises RunError."""
     path = folder / "config.json"
