@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from benchmarks.markdown import markdown
 from benchmarks.scores import figures
 from benchmarks.scores import tables as score_tables
 from benchmarks.scores.runs import NAMES, add, comparable_runs, finished, merge
-from benchmarks.scores.tables import markdown
 from benchmarks.speed import tables as speed_tables
 from benchmarks.studies import claims_pictures
 from common.experiment import statistics

@@ -38,7 +38,6 @@ import numpy as np
 import tyro
 
 from common import datasets
-from common.datasets import checked
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -200,7 +199,7 @@ def make_file(seed, i, wholes):
 def read(path, layout):
     """(kind, note) of one file."""
     try:
-        arrays, _ = datasets.read(checked.CheckedFile(path), datasets.Source(path, layout))
+        arrays, _ = datasets.read(datasets.CheckedFile(path), datasets.Source(path, layout))
     except datasets.DatasetError as error:
         ok = str(path.parent) in str(error) and "\n\n" not in str(error)
         return ("refused", "") if ok else ("exception", f"unclear: {error}")

@@ -1,6 +1,6 @@
-"""What the files of the parity checks share; needs numpy alone, so that it runs everywhere.
+"""Functions shared by the parity checks. Importing it needs only NumPy, as peers' environments do.
 
-A tree is a dict of dicts of arrays, as Flax keeps parameters; flat, its names are joined by "/".
+A tree is a dict of dicts of arrays, like Flax parameters. A flat dict joins its names with "/".
 """
 
 import importlib
@@ -9,14 +9,17 @@ import numpy as np
 
 
 def jit(function, **options):
-    """jax.jit to the same mathematics, compiled in half the time: there is little to run."""
+    """jax.jit without XLA's optimisations, which compiles in half the time."""
     import jax
 
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
 def start(name, batches, **settings):
-    """A config and a fresh state of algorithms/<name>.py; batches: fields of Batches on axis 0."""
+    """(config, fresh state) of algorithms/<name>.py.
+
+    batches: {field of Batch: array with the batches on axis 0}. settings: of the config.
+    """
     import jax
 
     from common.datasets import Batch
@@ -27,14 +30,14 @@ def start(name, batches, **settings):
 
 
 def tree_map(f, *trees):
-    """A tree of f(leaf, leaf, ...) from trees of one structure."""
+    """The tree of f(leaf, leaf, ...) over trees of the same structure."""
     if hasattr(trees[0], "items"):
         return {name: tree_map(f, *(tree[name] for tree in trees)) for name in trees[0]}
     return f(*trees)
 
 
 def flatten(tree, prefix=""):
-    """{"prefix/outer/inner": array} of a tree, names in sorted order."""
+    """The flat dict {"prefix/outer/inner": array} of a tree, in sorted order."""
     if not hasattr(tree, "items"):
         return {prefix: np.asarray(tree)}
     flat = {}
@@ -44,7 +47,7 @@ def flatten(tree, prefix=""):
 
 
 def unflatten(flat, prefix):
-    """The tree below "prefix/" of a flat dict; an array where `prefix` is the name of one."""
+    """The tree below "prefix/" in a flat dict, or the array named `prefix`."""
     if prefix in flat:
         return flat[prefix]
     tree = {}
@@ -59,18 +62,18 @@ def unflatten(flat, prefix):
 
 
 def vector(tree):
-    """All leaves of a tree end to end, by sorted names: (n,)."""
+    """All leaves of a tree in one vector (n,), in sorted order of names."""
     return np.concatenate([leaf.ravel() for leaf in flatten(tree).values()])
 
 
 def scramble(tree, rng, scale=0.3):
-    """The same tree plus noise: no bias is 0 and no two networks are equal."""
+    """The tree plus noise, so that no bias is 0 and no two networks are equal."""
     noise = lambda x: (x + scale * rng.normal(size=np.shape(x))).astype(np.float32)  # noqa: E731
     return tree_map(noise, tree)
 
 
 def random_batches(rng, count=3, rows=32, obs_dim=3, action_dim=2):
-    """Fields of `count` Batches, stacked on axis 0; a third of the rows is done."""
+    """{field: array} of `count` random Batches on axis 0; about a third of the rows are done."""
     return {
         "obs": rng.normal(size=(count, rows, obs_dim)).astype(np.float32),
         "action": rng.uniform(-0.95, 0.95, (count, rows, action_dim)).astype(np.float32),

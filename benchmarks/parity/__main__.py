@@ -1,17 +1,17 @@
-"""Are the numbers the authors'? Losses, gradients and updates beside another implementation's.
+"""Compares losses, gradients and whole updates with another implementation, the peer.
 
-Each file here, parity/<algorithm>.py, names a peer, makes inputs (weights, batches, noise), drives
-the peer's own code with them, and ours. The peer runs once, in an environment of its own; what is
-kept of it are numbers, parity/golden/<algorithm>.npz, under "in/..." and "out/...".
+Each file parity/<algorithm>.py names a peer, makes inputs (weights, batches, noise) and runs the
+peer's own code and ours on them. The peer runs once, in an environment of its own. Its outputs are
+kept with the inputs in parity/golden/<algorithm>.npz, as "in/..." and "out/...".
 
-    python -m benchmarks.parity inputs iql           # golden/iql.npz, inputs only
+    python -m benchmarks.parity inputs iql           # writes golden/iql.npz with the inputs
     python -m benchmarks.parity theirs iql CHECKOUT  # with the peer's Python: adds its outputs
     python -m benchmarks.parity                      # the table, also to results/parity.json
-    python -m benchmarks.parity table iql            # its rows of the table anew, the others kept
+    python -m benchmarks.parity table iql            # computes only the rows of iql
 
-CHECKOUT is a clone of the peer's repository at the commit that the file names. The second command
-imports nothing of this project but numpy code of this folder. A difference is
-max |ours - theirs| / max |theirs| over the elements of one quantity.
+CHECKOUT is a clone of the peer's repository at the commit named in the file. The second command
+imports only NumPy code of this project. A difference is max |ours - theirs| / max |theirs| over the
+elements of one quantity.
 """
 
 import importlib
@@ -21,26 +21,27 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.markdown import markdown
 from benchmarks.parity import vector
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER.parent / "results/parity.json"
-BOUND = 1e-5  # of every difference; a file's own BOUNDS = {quantity: bound} says where not
+BOUND = 1e-5  # largest difference allowed, unless a file has BOUNDS = {quantity: bound}
 
 
 def algorithms():
-    """Names of those with golden numbers and the file that made them."""
+    """Names of the algorithms with golden numbers and a file here."""
     golden = sorted(path.stem for path in FOLDER.glob("golden/*.npz"))
     return [name for name in golden if (FOLDER / f"{name}.py").exists()]
 
 
 def module(name):
-    """The file parity/<name>.py."""
+    """The module parity/<name>.py."""
     return importlib.import_module(f"benchmarks.parity.{name}")
 
 
 def read(name):
-    """Inputs and the peer's outputs, two dicts of arrays."""
+    """(inputs, the peer's outputs), flat dicts of arrays."""
     with np.load(FOLDER / f"golden/{name}.npz", allow_pickle=False) as file:
         arrays = dict(file)
     return tuple(
@@ -50,7 +51,7 @@ def read(name):
 
 
 def write(name, inputs, outputs):
-    """The other way round; under a new name first, so that a crash leaves the old file."""
+    """Writes the golden file to a temporary name and renames it."""
     arrays = {f"in/{k}": v for k, v in inputs.items()} | {f"out/{k}": v for k, v in outputs.items()}
     path = FOLDER / f"golden/{name}.npz"
     path.parent.mkdir(exist_ok=True)
@@ -60,7 +61,10 @@ def write(name, inputs, outputs):
 
 
 def differences(ours, theirs):
-    """{quantity: max |ours - theirs| / max |theirs|}; a quantity is an array or a tree of them."""
+    """{quantity: max |ours - theirs| / max |theirs|}; a quantity is an array or a tree.
+
+    Raises ValueError if quantities or their shapes differ.
+    """
     if ours.keys() != theirs.keys():
         raise ValueError(f"only one side has {sorted(ours.keys() ^ theirs.keys())}")
     found = {}
@@ -75,14 +79,14 @@ def differences(ours, theirs):
 
 
 def bounds(name):
-    """{quantity: largest difference allowed}; None where the two differ on purpose."""
+    """{quantity: largest difference allowed}; None if the two differ on purpose."""
     file, (_, theirs) = module(name), read(name)
     own = getattr(file, "BOUNDS", {}) | dict.fromkeys(getattr(file, "DIFFERS", {}))
     return {quantity: own.get(quantity, BOUND) for quantity in theirs}
 
 
 def rows(name):
-    """Lines of the table for one algorithm."""
+    """The rows of the table for one algorithm, as plain data."""
     file, (inputs, theirs) = module(name), read(name)
     found, allowed = differences(file.ours(inputs), theirs), bounds(name)
     for quantity in found:
@@ -114,13 +118,14 @@ def main(command="table", *words):
         table += [row for name in names for row in rows(name)]
         table.sort(key=lambda row: row["algorithm"])  # a stable sort: quantities keep their order
         RESULTS.write_text(json.dumps(table, indent=1) + "\n", "utf-8")
-        print("| algorithm | peer | quantity | largest difference | |\n|---|---|---|---|---|")
+        names, cells = ["algorithm", "peer", "quantity", "largest difference", ""], []
         for row in table:
             verdict = row["differs"] or ("same" if row["difference"] <= row["bound"] else "DIFFERS")
-            cells = row["algorithm"], row["peer"], row["quantity"], row["difference"], verdict
-            print("| " + " | ".join(map(str, cells)) + " |")
+            values = (row[k] for k in ("algorithm", "peer", "quantity", "difference"))
+            cells.append([*values, verdict])
+        print(markdown(names, cells), end="")
     else:
-        raise SystemExit(f"no command {command!r}\n{__doc__}")
+        raise SystemExit(f"unknown command {command!r}\n{__doc__}")
 
 
 if __name__ == "__main__":

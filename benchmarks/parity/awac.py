@@ -1,13 +1,18 @@
-"""AWAC beside CORL's, the implementation nearest to the paper that runs.
+"""AWAC compared with CORL, the implementation nearest to the paper that still runs.
 
-Theirs: `Actor`, `Critic` and `AdvantageWeightedActorCritic` of algorithms/offline/awac.py; its
-`_critic_loss` and `_actor_loss` give the losses, their `backward` the gradients, and `update` does
-the whole updates. Stubs stand for d4rl, gym, pyrallis and wandb. torch's source of standard normal
-numbers hands out the noise that our update draws from fixed keys. Out of play: the tanh of the
-mean, by a Tanh behind the last layer of their policy; the number of hidden layers, by our
-`widths`; the bounds of std, which no number here reaches; the initialisation, by our weights.
+The peer: `Actor`, `Critic` and `AdvantageWeightedActorCritic` of algorithms/offline/awac.py.
+`_critic_loss` and `_actor_loss` give the losses, `backward` the gradients, `update` whole updates.
 
-Weights: their two critics are our members 0 and 1 on axis 0; their _log_std is our log_std; their
+- Stubs replace d4rl, gym, pyrallis and wandb.
+- torch's standard normal numbers are the noise that our update draws from fixed keys.
+
+Differences removed for the comparison:
+- initialisation: both start from our weights
+- tanh of the mean: the peer gets a Tanh after the last layer of its policy
+- number of hidden layers: our `widths` has three
+- bounds of std: no number here reaches them
+
+Weights: its two critics are our members 0 and 1 on axis 0; its _log_std is our log_std; its
 awac_lambda is 1 / beta.
 """
 
@@ -41,14 +46,14 @@ def inputs():
 
 
 def keys():
-    """Those of three updates."""
+    """The keys of three updates."""
     import jax
 
     return jax.random.split(jax.random.key(0), 3)
 
 
 def draw(key, shape):
-    """The standard normal numbers that our update draws from a key; shape (B, A)."""
+    """The standard normal numbers (B, A) that our update draws from a key."""
     import distrax
     import jax
     import jax.numpy as jnp
@@ -135,7 +140,7 @@ def theirs(inputs, checkout):
 
 
 def build(checkout, obs_dim, action_dim, awac_lambda):
-    """Their agent; their policy's mean with a tanh, as ours."""
+    """The peer's agent; the mean of its policy gets a tanh, as in ours."""
     import sys
     from unittest import mock
 
@@ -166,7 +171,7 @@ def members(agent, name):
 
 
 def load(agent, params):
-    """Writes our weights into their agent."""
+    """Writes our weights into the peer's agent."""
     import torch
 
     to_mlp(agent._actor._mlp, params["actor"]["MLP_0"])
@@ -177,7 +182,7 @@ def load(agent, params):
 
 
 def read(agent, name, grad=False):
-    """One of our trees, from their parameters or from their gradients."""
+    """One of our trees, from the peer's parameters or gradients."""
     if name == "actor":
         log_std = agent._actor._log_std
         number = (log_std.grad if grad else log_std.data).numpy().copy()

@@ -1,14 +1,19 @@
-"""AWR beside its authors' code.
+"""AWR compared with its authors' code.
 
-Theirs: `AWRAgent` of learning/awr_agent.py, whole: its `_update` does the iterations on a replay
-buffer that holds our episodes; the methods of which it consists give returns and weights, and its
-graph the losses and gradients. TensorFlow 2 runs it in the form of version 1; two functions of
-tf.contrib, which it no longer has, are those of TensorFlow and TensorFlow Probability that took
-their place. Stubs stand for gym and the logger. `np.random.shuffle` hands out the rows that our
-update draws from fixed keys. Out of play: the initialisation, by our weights; standardisation of
-observations, which both do outside of an iteration; the size of the buffer, by few rows.
+The peer: `AWRAgent` of learning/awr_agent.py. Its `_update` makes whole iterations on a replay
+buffer with our episodes; its methods give returns and weights, its graph losses and gradients.
 
-Weights: their kernels are (in, out), ours (out, in).
+- TensorFlow 2 runs it in compatibility mode for version 1. Two functions of tf.contrib, which no
+  longer exist, are replaced by their successors in TensorFlow and TensorFlow Probability.
+- Stubs replace gym and the logger.
+- `np.random.shuffle` returns the rows that our update draws from fixed keys.
+
+Differences removed for the comparison:
+- initialisation: both start from our weights
+- standardisation of observations: outside of an iteration in both
+- size of the buffer: there are few rows
+
+Weights: its kernels are (in, out), ours (out, in).
 """
 
 import numpy as np
@@ -46,14 +51,14 @@ def inputs():
 
 
 def keys():
-    """Those of three iterations."""
+    """The keys of three iterations."""
     import jax
 
     return jax.random.split(jax.random.key(0), 3)
 
 
 def draw(key):
-    """The rows that our update draws from a key, (steps, batch_size) for each regression."""
+    """The rows (steps, batch_size) that our update draws from a key, for each regression."""
     import jax
 
     size, names = SETTINGS["batch_size"], ("critic", "actor")
@@ -66,7 +71,7 @@ def draw(key):
 
 
 def ours_at_start(data):
-    """Config, fresh State and Episodes."""
+    """(config, fresh State, Episodes)."""
     import jax
 
     from algorithms import awr
@@ -151,7 +156,7 @@ def theirs(inputs, checkout):
 
 
 class Shuffle:
-    """Stands for np.random.shuffle: writes the next rows of the queue, in place."""
+    """Replaces np.random.shuffle: writes the next rows of the queue in place."""
 
     def __init__(self, queue):
         self._queue, self._all = queue, None
@@ -227,7 +232,7 @@ def store(agent, data):
 
 
 def load(agent, scope, params):
-    """Writes our weights into one of their networks."""
+    """Writes our weights into one of the peer's networks."""
     layers = [params["MLP_0"][f"Dense_{i}"] for i in range(len(SETTINGS["widths"]) + 1)]
     values = [x for layer in layers for x in (layer["kernel"].T, layer["bias"])]
     for variable, x in zip(agent._tf_vars(f"main/{scope}"), values, strict=True):

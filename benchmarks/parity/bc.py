@@ -1,14 +1,21 @@
-"""BC beside CORL's, with both heads.
+"""BC with both heads compared with CORL.
 
-Theirs, --head deterministic: `Actor` and `BC` of algorithms/offline/any_percent_bc.py; `BC.train`
-does the whole updates, its loss is read from what it returns and the gradient when its optimiser
-is about to step. Theirs, --head gaussian: CORL has no such BC, but its AWAC with an infinite
-lambda is one, all weights exp(A / lambda) being 1: `_actor_loss` and `_update_actor` of
-algorithms/offline/awac.py, as in parity/awac.py. Stubs stand for d4rl, gym, pyrallis and wandb.
-Out of play: their width of 256, by narrower layers of the same kind; the initialisation, by our
-weights; which rows are the best episodes', and standardisation, outside of an update in both.
+The peer with --head deterministic: `Actor` and `BC` of algorithms/offline/any_percent_bc.py.
+`BC.train` makes whole updates; its return value gives the loss, and the gradient is read when its
+optimiser is about to step.
 
-Weights: layer by layer; their _log_std is our log_std.
+The peer with --head gaussian: CORL has no such BC, but its AWAC with an infinite lambda is one,
+because all weights exp(A / lambda) are 1: `_actor_loss` and `_update_actor` of
+algorithms/offline/awac.py, as in parity/awac.py.
+
+- Stubs replace d4rl, gym, pyrallis and wandb.
+
+Differences removed for the comparison:
+- initialisation: both start from our weights
+- width of 256: the peer gets narrower layers of the same kind
+- choice of the best episodes and standardisation: outside of an update in both
+
+Weights: layer by layer; its _log_std is our log_std.
 """
 
 from itertools import pairwise
@@ -56,7 +63,7 @@ def outputs(head, batches, params):
 
 
 def named(head, loss, gradient, losses, after):
-    """The quantities of one head; the deterministic one does not train its std."""
+    """The quantities of one head; the deterministic head does not train a std."""
     if head == "deterministic":
         gradient, after = gradient["MLP_0"], after["MLP_0"]
     return {

@@ -1,15 +1,18 @@
-"""BCQ beside its authors' code.
+"""BCQ compared with its authors' code.
 
-Theirs: `BCQ` of continuous_BCQ/BCQ.py; `BCQ.train` does the whole updates, on batches that a stub
-of their replay buffer hands out. Losses are read where `backward` is called, gradients when an
-optimiser is about to step, both of the first update. Nothing else is stubbed. torch's `randn` and
-`randn_like` hand out the noise that our update draws from fixed keys. Out of play: the numbers of
-hidden units, which stand in their code, by a Linear that maps them to ours; the initialisation, by
-our weights.
+The peer: `BCQ` of continuous_BCQ/BCQ.py. `BCQ.train` makes whole updates on batches from a stub of
+its replay buffer. Losses are read where `backward` is called, gradients when an optimiser is about
+to step, both in the first update.
 
-Weights: layers 1 to 3 and 4 to 6 of their critic are our members 0 and 1 on axis 0; their encoder's
-mean and log_std are the two halves of our encoder's last layer. They repeat each next state, ours
-stands behind the axis of the samples.
+- torch's `randn` and `randn_like` return the noise that our update draws from fixed keys.
+
+Differences removed for the comparison:
+- initialisation: both start from our weights
+- numbers of hidden units, fixed in its code: a patched Linear maps them to ours
+
+Weights: layers 1 to 3 and 4 to 6 of its critic are our members 0 and 1 on axis 0; mean and log_std
+of its encoder are the two halves of our encoder's last layer. It repeats each next state; ours has
+an axis of samples in front.
 """
 
 import numpy as np
@@ -43,7 +46,7 @@ def inputs():
 
 
 def keys():
-    """Those of three updates."""
+    """The keys of three updates."""
     import jax
 
     return jax.random.split(jax.random.key(0), 3)
@@ -177,7 +180,7 @@ def stacks(net):
 
 
 def load(net, params):
-    """Writes our weights into one of their networks."""
+    """Writes our weights into one of the peer's networks."""
     import torch
 
     layers = stacks(net)
@@ -194,7 +197,7 @@ def load(net, params):
 
 
 def read(net, grad=False):
-    """One of our trees, from their network's parameters or from their gradients."""
+    """One of our trees, from the parameters or gradients of the peer's network."""
     trees = {name: from_mlp(stack, grad) for name, stack in stacks(net).items()}
     if "encoder" not in trees:
         trees = [*trees.values()]

@@ -1,18 +1,22 @@
-"""BEAR beside its authors' code.
+"""BEAR compared with its authors' code.
 
-Theirs: `BEAR` of algos.py; `BEAR.train` does the whole updates, on batches that a stub of their
-replay buffer hands out, and `mmd_loss_laplacian` and `mmd_loss_gaussian` are called alone as well.
-Losses are read where `backward` is called, gradients when an optimiser is about to step, both of
-the first update. numpy's `random.normal` hands out the noise that our update draws from fixed keys.
-A stub stands for their logger. Since torch 1.5 the loop does not run as it stands, because the
-policy's step is made between the two backward passes of one graph: here it is made after both, with
-the gradients of the first, which gives the same numbers. Out of play: the numbers of hidden units,
-which stand in their code, by a Linear that maps them to ours; the initialisation, by our weights;
-the bounds of the policy's std, which no number here reaches.
+The peer: `BEAR` of algos.py. `BEAR.train` makes whole updates on batches from a stub of its replay
+buffer; `mmd_loss_laplacian` and `mmd_loss_gaussian` are also called alone. Losses are read where
+`backward` is called, gradients when an optimiser is about to step, both in the first update.
 
-Weights: layers 1 to 3 and 4 to 6 of their critic are our members 0 and 1 on axis 0; mean and
-log_std of their policy and of their encoder are the two halves of our last layer. Their loss of the
-multiplier counts -Q too, which has no gradient in it: its gradient alone is compared.
+- NumPy's `random.normal` returns the noise that our update draws from fixed keys.
+- A stub replaces the logger.
+- Since torch 1.5 the loop fails, because the policy's step comes between two backward passes of one
+  graph. Here it comes after both, with the gradients of the first; the numbers are the same.
+
+Differences removed for the comparison:
+- initialisation: both start from our weights
+- numbers of hidden units, fixed in its code: a patched Linear maps them to ours
+- bounds of the policy's std: no number here reaches them
+
+Weights: layers 1 to 3 and 4 to 6 of its critic are our members 0 and 1 on axis 0; mean and log_std
+of its policy and encoder are the two halves of our last layer. Its multiplier's loss also contains
+-Q, which has no gradient there, so only the gradient is compared.
 """
 
 import numpy as np
@@ -58,7 +62,7 @@ def inputs():
 
 
 def keys():
-    """Those of three updates."""
+    """The keys of three updates."""
     import jax
 
     return jax.random.split(jax.random.key(0), 3)
@@ -254,7 +258,7 @@ def stacks(net):
 
 
 def load(net, params):
-    """Writes our weights into one of their networks."""
+    """Writes our weights into one of the peer's networks."""
     import torch
 
     for name, stack in stacks(net).items():
@@ -270,7 +274,7 @@ def load(net, params):
 
 
 def read(net, grad=False):
-    """One of our trees, from their network's parameters or from their gradients."""
+    """One of our trees, from the parameters or gradients of the peer's network."""
     trees = {name: from_mlp(stack, grad) for name, stack in stacks(net).items()}
     if hasattr(net, "l6"):
         return {"MLP_0": tree_map(lambda *x: np.stack(x), *trees.values())}

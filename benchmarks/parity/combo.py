@@ -1,28 +1,29 @@
-"""COMBO beside the trusted port, OfflineRL-Kit; its authors published no code.
+"""COMBO compared with the trusted port, OfflineRL-Kit; its authors published no code.
 
-Theirs: `COMBOPolicy.learn` does whole updates, its optimisers keep the gradients that they are
-handed; `EnsembleDynamics.train` fits the model for three epochs, with its split, bootstrap, order,
-best weights and elites; `EnsembleDynamics.step` is a step of a rollout.
+The peer: `COMBOPolicy.learn` makes whole updates; its optimisers keep the gradients they receive.
+`EnsembleDynamics.train` fits the model for three epochs, with its split, bootstrap, order, best
+weights and elites. `EnsembleDynamics.step` is a step of a rollout.
 
-Stubs: gym, pandas, matplotlib and tensorboard, unused; the logger. Patches: torch and NumPy hand
-out our noise and our rows where they would draw.
+- Stubs replace gym, pandas, matplotlib, tensorboard and the logger.
+- torch and NumPy return our noise and our rows.
 
-Departures of ours, put out of play from outside:
-- The lost reshape. `calc_pi_values` and `calc_random_values` give columns of one value; `learn`
-  reshapes each to (rows, actions, 1) and drops the result, so that its log-sum-exp runs over the
-  three kinds of actions, not over all 30 actions. Here they return what they give in the shape that
-  `learn` meant. The gradient with the reshape lost is compared as well, and differs.
-- The order. The policy's optimiser takes its step when `learn` is over. The gradient with the step
-  where they take it is compared as well, and differs.
-- Their layer for the policy's log std gets the learned affine map behind it; sigma_min is -20.
-- The bounds of the model's variance get an axis for the members.
-- Their policy's learning rate is stepped after each update, not each 1,000.
-Actions are small, so that the 1e-6 in their log-density of tanh counts for nothing; the model's
-inputs are wide, so that neither does the 1e-6 that we add to their std; no minibatch is partial.
+Differences removed for the comparison:
+- the lost reshape: `learn` reshapes the values of `calc_pi_values` and `calc_random_values` to
+  (rows, actions, 1) but drops the result, so that its log-sum-exp runs over the three kinds of
+  actions instead of all 30 actions. Here the two functions return the intended shape. The gradient
+  with the lost reshape is compared too, and differs.
+- order: the policy's optimiser steps after `learn`. The gradient with the peer's order is compared
+  too, and differs.
+- log std: the peer's layer is followed by our learned affine map; sigma_min is -20
+- variance bounds of the model: the peer gets one for each member
+- actor's learning rate: stepped after each update instead of each 1,000
+- the 1e-6 in tanh's log-density: actions are small
+- the 1e-6 added to the std of model inputs: inputs have a wide range
+- partial minibatches: there are none
 
-Weights: their Linear layers hold our kernels as they are, EnsembleLinear transposed; their two
-critics are our members 0 and 1 on axis 0; their last layers stand beside the backbone, the policy's
-as one for the mean and one for the log std, ours is the MLP's last.
+Weights: its Linear layers have our kernels, EnsembleLinear has them transposed. Its two critics are
+our members 0 and 1 on axis 0. Its last layers are outside the backbone, the policy's are separate
+for mean and log std; ours is the last layer of the MLP.
 """
 
 import functools
@@ -60,7 +61,7 @@ SETTINGS = dict(
 
 
 def noise(key, size):
-    """What our update draws from its key: standard Gaussians, and the uniform actions."""
+    """The noise that our update draws from its key: standard Gaussians and uniform actions."""
     import jax
     import jax.numpy as jnp
 
@@ -139,7 +140,7 @@ NETS = "actor", "critic", "temperature"
 
 
 class Columns:
-    """Their MLP and the layer beside it as our MLP_0, and back."""
+    """Copies between our MLP_0 and the peer's MLP with its separate last layers."""
 
     def __init__(self, backbone, *last):
         self.hidden, self.last = list(backbone.model)[::2], last
@@ -160,7 +161,7 @@ class Columns:
 
 
 def learner(inputs, reshape=True, late=True):
-    """Their policy with our weights: (the policy, what reads its networks in our layout)."""
+    """(the peer's policy with our weights, a function that reads its networks in our layout)."""
     import torch
     from offlinerlkit.modules import ActorProb, Critic, TanhDiagGaussian
     from offlinerlkit.nets import MLP
@@ -190,7 +191,7 @@ def learner(inputs, reshape=True, late=True):
             return tuple(x.reshape(-1, n, 1) for x in values) if reshape else values
 
     class Late(torch.optim.Adam):
-        """Takes its step when it is told, with the gradients from when it was asked."""
+        """Adam whose `step` keeps the gradients and whose `step_now` takes the step."""
 
         def step(self):
             self.kept = [p.grad.clone() for p in self.param_groups[0]["params"]]
@@ -244,7 +245,7 @@ def learner(inputs, reshape=True, late=True):
 
 
 def handed_out(noise):
-    """Patches by which torch draws the noise of one update, in the order of `learn`."""
+    """Patches that make torch draw the noise of one update, in the order of `learn`."""
     import torch
 
     def by_row(x):  # (N, B, A) -> (B N, A), theirs
@@ -290,7 +291,7 @@ def learn(inputs, updates=UPDATES, **how):
 
 
 def ensemble(params, scaler):
-    """Their dynamics with our weights: (the dynamics, what reads it in our layout)."""
+    """(the peer's dynamics with our weights, a function that reads it in our layout)."""
     import torch
     from offlinerlkit.dynamics import EnsembleDynamics
     from offlinerlkit.modules import EnsembleDynamicsModel
@@ -328,7 +329,7 @@ def ensemble(params, scaler):
 
 
 def places(order, before):
-    """Where in each row of `before` to find the row of `order`, a permutation of it."""
+    """Positions in each row of `before` of the entries of `order`, a permutation of it."""
     found = np.empty_like(order)
     ranks = np.argsort(order, 1, kind="stable"), np.argsort(before, 1, kind="stable")
     np.put_along_axis(found, *ranks, 1)
@@ -336,7 +337,7 @@ def places(order, before):
 
 
 def fit(inputs):
-    """Their training of the model: each epoch's losses and last gradient, what is kept."""
+    """The peer's training of the model: losses and last gradient of each epoch, weights kept."""
     from offlinerlkit.utils.scaler import StandardScaler
 
     model, data = unflatten(inputs, "model"), unflatten(inputs, "data")
@@ -382,7 +383,7 @@ def fit(inputs):
 
 
 def rollout(inputs):
-    """One step of theirs, in which each of the members given serves the next rows."""
+    """One step of the peer, in which each given member serves the next rows."""
     from offlinerlkit.utils.scaler import StandardScaler
 
     given, params = unflatten(inputs, "rollout"), unflatten(inputs, "model/params")
@@ -428,7 +429,7 @@ def as_batch(fields):
 
 
 def keeping(net):
-    """The same TrainState with an optimiser that keeps the gradients it is handed."""
+    """The TrainState with an optimiser that keeps the gradients it receives."""
     import optax
 
     keep = optax.GradientTransformation(lambda params: params, lambda grads, *_: (grads, grads))

@@ -1,16 +1,21 @@
-"""CQL beside the port that is trusted most, in four variants, SAC among them.
+"""CQL compared with the most trusted port, in four variants, one of them SAC.
 
-Theirs: `ConservativeSAC` of SimpleSAC/conservative_sac.py with the networks of SimpleSAC/model.py;
-`ConservativeSAC.train` does whole updates. Losses are put together from the metrics that it
-returns, gradients are read when an optimiser is about to step. A stub stands for wandb.
-torch's source of standard normal numbers, and `Tensor.uniform_`, hand out the noise that our
-update draws from fixed keys. Out of play: the initialisation, by our weights for theirs; the
-clipping of the data's actions, which happens outside of an update.
+The peer: `ConservativeSAC` of SimpleSAC/conservative_sac.py with the networks of
+SimpleSAC/model.py. `ConservativeSAC.train` makes whole updates. Losses are computed from the
+metrics it returns; gradients are read when an optimiser is about to step.
 
-Weights: their two critics are our members 0 and 1 on axis 0; their Scalars log_std_multiplier and
-log_std_offset are our log_std_scale and log_std_shift; their log_alpha is the logarithm of our
-temperature, their log_alpha_prime that of our multiplier. Under Lagrange they count
-- weight * gap in the critic's loss, which has no gradient in it: taken out of theirs.
+- A stub replaces wandb.
+- torch's standard normal numbers and `Tensor.uniform_` are the noise that our update draws from
+  fixed keys.
+
+Differences removed for the comparison:
+- initialisation: both start from our weights
+- clipping of the data's actions: outside of an update
+
+Weights: its two critics are our members 0 and 1 on axis 0. Its Scalars log_std_multiplier and
+log_std_offset are our log_std_scale and log_std_shift; its log_alpha is the logarithm of our
+temperature, its log_alpha_prime that of our multiplier. With Lagrange its critic loss contains
+- weight * gap, which has no gradient there; it is subtracted.
 """
 
 import numpy as np
@@ -48,7 +53,7 @@ def inputs():
 
 
 def keys():
-    """Those of three updates."""
+    """The keys of three updates."""
     import jax
 
     return jax.random.split(jax.random.key(0), 3)
@@ -233,7 +238,7 @@ def build(variant, params, obs_dim, action_dim):
 
 
 def read(sac, name, grad=False):
-    """One of our trees, from the port's parameters or from their gradients."""
+    """One of our trees, from the port's parameters or gradients."""
 
     def number(scalar):
         x = scalar.constant

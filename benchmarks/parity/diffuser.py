@@ -1,27 +1,30 @@
-"""Diffuser beside its authors' code.
+"""Diffuser compared with its authors' code.
 
-Theirs: `q_sample` and `q_posterior` of `GaussianDiffusion` show the schedule; three steps of
-`Trainer` train each of `GaussianDiffusion` with `TemporalUnet` and `ValueDiffusion` with
-`ValueFunction` (losses, Adam, the average of the weights); `ValueGuide` gives the guide's gradient,
-`p_mean_variance` one denoising step, `conditional_sample` whole plans, by `n_step_guided_p_sample`,
-or to a goal by their default.
+The peer: `q_sample` and `q_posterior` of `GaussianDiffusion` show the schedule. Three steps of
+`Trainer` train `GaussianDiffusion` with `TemporalUnet`, and `ValueDiffusion` with `ValueFunction`
+(losses, Adam, averaged weights). `ValueGuide` gives the gradient of the guide, `p_mean_variance`
+one denoising step, `conditional_sample` whole plans, guided by `n_step_guided_p_sample` or, by its
+default, towards a goal.
 
-Stubs: environments, data sets, rendering and the command line, unused. Patches: torch hands out our
-times and noise; `Trainer` gets our minibatches, each as two halves whose gradients it adds up, and
-copies nothing to a GPU; its optimiser keeps the gradients that it is handed.
+- Stubs replace environments, datasets, rendering and the command line.
+- torch returns our times and noise.
+- `Trainer` gets our minibatches, each in two halves whose gradients it accumulates, and copies
+  nothing to a GPU. Its optimiser keeps the gradients it receives.
 
-Departures of ours, put out of play from outside: `Trainer` averages from the first step on and at
-every one, by its own arguments; windows are whole; values are divided by `return_scale`, and their
-scale of the guide multiplied by it. Their upsampling, a transposed convolution of size 4, is given
-ours, a convolution of size 3 to two steps. It is a special case of that, with two of six taps zero:
-with such weights, their own network predicts the same, which is compared as well.
+Differences removed for the comparison:
+- averaging of weights: `Trainer` averages at every step from the first, by its own arguments
+- padding: windows are complete
+- scale of values: divided by `return_scale`; its guide scale is multiplied by it
+- upsampling: the peer's transposed convolution of size 4 is replaced by our convolution of size 3
+  to two steps. Ours contains it as a special case with two of six taps zero; with such weights the
+  peer's own network makes the same predictions, which is compared too.
 
-Weights: a kernel (out, size * in) of ours is their convolution's (out, in, size), a Dense's their
-Linear's. Of two blocks in a row our Flax counts the second first. There are too many of
-them to keep: both sides draw the weights anew, and of a gradient or of trained weights there are,
-for each parameter array, up to 8 numbers spread evenly over it and its root mean square. Narrower
-networks would have normalisations of single numbers, and gradients of nothing but rounding, of
-which Adam makes whole steps; `ValueFunction` fits no longer horizon with so few levels.
+Weights: our kernel (out, size * in) is the peer's convolution (out, in, size); a Dense is a Linear.
+Of two consecutive blocks our Flax counts the second first. The arrays are too large to keep: both
+sides draw the weights from a fixed generator, and gradients and trained weights are summarised, for
+each array, by up to 8 evenly spread numbers and the root mean square. Narrower networks would
+normalise single numbers, and their gradients would be rounding errors, which Adam turns into whole
+steps. `ValueFunction` does not allow a longer horizon with so few levels.
 """
 
 import functools
@@ -53,7 +56,7 @@ BOUNDS = {"value gradient": 2e-5}  # rounding of both sides, through a dozen nor
 
 
 def summary(tree):
-    """Of each array up to 8 numbers, evenly spread, and the root of its mean square."""
+    """For each array up to 8 evenly spread numbers and the root mean square."""
     out = {}
     for name, x in flatten(tree).items():
         places = np.linspace(0, x.size - 1, min(x.size, 8)).astype(int)
@@ -89,7 +92,7 @@ def structures():
 
 
 def keeping(net):
-    """The same TrainState with an optimiser that keeps the gradients it is handed."""
+    """The TrainState with an optimiser that keeps the gradients it receives."""
     import optax
 
     keep = optax.GradientTransformation(lambda params: params, lambda grads, *_: (grads, grads))
@@ -151,7 +154,7 @@ def weights(inputs, network, like):
 
 
 def one(inputs):
-    """Four steps and noise, once for every time: (T, 4, A + D) each."""
+    """Four steps and noise for every time: (T, 4, A + D) each."""
     pair = inputs["x"][0, 0, :4], inputs["x"][0, 1, :4]
     return (np.repeat(x[None], SETTINGS["diffusion_steps"], 0) for x in pair)
 
@@ -170,7 +173,7 @@ def block(ours, theirs):
 
 
 def down(net, levels):
-    """The same of the time and of the levels on the way down; their own last layer is not ours."""
+    """The same for the time embedding and the levels on the way down."""
     yield "TimeEmbedding_0/Dense_1", net.time_mlp[1]
     yield "TimeEmbedding_0/Dense_0", net.time_mlp[3]
     for i, (first, second, *_, smaller) in enumerate(levels):
@@ -181,7 +184,7 @@ def down(net, levels):
 
 
 def layers(net):
-    """The same of a whole network."""
+    """The same for a whole network."""
     if hasattr(net, "ups"):
         n = len(net.downs)
         yield from down(net, net.downs)
@@ -249,7 +252,7 @@ def networks(inputs, clip=False):
     from diffuser.models import GaussianDiffusion, TemporalUnet, ValueDiffusion, ValueFunction
 
     class Upsample(torch.nn.Module):
-        """Ours: a convolution to twice the channels, of which each half is a step."""
+        """Our upsampling: a convolution to twice the channels, each half a step."""
 
         def __init__(self, width):
             super().__init__()
@@ -359,7 +362,7 @@ def planned(inputs):
 
 
 def scheduled(inputs):
-    """Their schedule at every time: four steps with noise in them, and the way back."""
+    """The peer's schedule at every time: four noised steps, and the posterior."""
     import torch
 
     diffusion = networks(inputs)["model"]
@@ -502,12 +505,12 @@ def ours(inputs):
 
 
 def nested(flat):
-    """Parameters as Flax wants them."""
+    """Parameters in the nesting of Flax."""
     return unflatten({f"all/params/{name}": x for name, x in flat.items()}, "all")
 
 
 def two_taps(flat):
-    """The U-Net's weights with those taps of the upsampling zero that a transposed one has not."""
+    """The U-Net's weights without the taps that a transposed convolution does not have."""
     levels, flat = len(MULTIPLES["model"]), dict(flat)
     for i in range(levels - 1, 2 * (levels - 1)):
         name = f"Conv_{i}/Dense_0"

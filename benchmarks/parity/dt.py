@@ -1,22 +1,25 @@
-"""Decision Transformer beside its authors' code: a whole small experiment of theirs.
+"""Decision Transformer compared with its authors' code, by a whole small experiment of theirs.
 
-Theirs: `experiment` of gym/experiment.py as it stands, on episodes of ours: statistics, three
-minibatches of `get_batch`, three steps of `SequenceTrainer` (loss, gradient, clip, AdamW, warm-up),
-then `evaluate_episode_rtg` for each of two returns.
+The peer: `experiment` of gym/experiment.py, unchanged, on our episodes: statistics, three
+minibatches of `get_batch`, three steps of `SequenceTrainer` (loss, gradient, clipping, AdamW,
+warm-up), then `evaluate_episode_rtg` for two target returns.
 
-Stubs: gym and wandb, unused; the environment "reacher2d", for which they have the smallest scale
-and longest time, hands out given observations and rewards. Patches: `numpy.random.choice` and
-`random.randint` hand out the given windows; the model starts from our weights, without dropout,
-and told the size of a causal mask, which newer releases of transformers do not know by themselves;
-a decorator of transformers that writes docstrings, and whose arguments have changed, does nothing.
+- Stubs replace gym and wandb.
+- The environment "reacher2d", which has the smallest scale and the longest time, returns given
+  observations and rewards.
+- `numpy.random.choice` and `random.randint` return the given windows.
+- The model starts from our weights, without dropout, and is told the size of a causal mask, which
+  newer releases of transformers do not infer. A decorator of transformers that writes docstrings
+  does nothing, because its arguments have changed.
 
-Out of play: observations are of the order of 1e5, so that it is the same whether 1e-6 or, as in
-ours, 1e-3 is added to their std. Padding is not compared.
+Differences removed for the comparison:
+- the constant added to the std of observations, 1e-6 (ours: 1e-3): observations are about 1e5
+- padding: not compared
 
-Weights: their Linear layers hold our kernels transposed, their Conv1D layers as they are. Left out
-is what they do not train, `wte` and the heads for states and returns; and, after the updates, the
-biases of the attention's keys, which add the same to all scores of a query: their gradient is
-nothing but rounding, and Adam makes whole steps of it.
+Weights: its Linear layers have our kernels transposed, its Conv1D layers have our kernels. Left out
+are parameters that it does not train, `wte` and the heads for states and returns; and, after the
+updates, the biases of the attention's keys. These add the same to all scores of a query, so their
+gradient is a rounding error, which Adam turns into whole steps.
 """
 
 import functools
@@ -64,7 +67,7 @@ def inputs():
     given = {name: x.astype(np.float32) for name, x in given.items()}
     episode = rng.integers(len(LENGTHS), size=(UPDATES, SETTINGS["batch_size"]))
     begin = rng.integers(np.array(LENGTHS)[episode])  # of the window, within its episode
-    episode[:, 0], begin[:, 0] = 2, 99  # time stands still
+    episode[:, 0], begin[:, 0] = 2, 99  # time embeddings stop at max_time
     episode[:, 1], begin[:, 1] = 1, 0  # padding
     cfg = dt.Config(**SETTINGS)
     state = jax.jit(dt.init, static_argnums=2)(jax.random.key(0), steps(given), cfg)
@@ -73,7 +76,7 @@ def inputs():
 
 
 def without_key_biases(params):
-    """The same as one vector; see above."""
+    """The parameters as one vector without the biases of the keys, see above."""
     flat, width = flatten(params), SETTINGS["width"]
     for i in range(SETTINGS["layers"]):
         query, _, value = np.split(flat[f"Block_{i}/Dense_0/bias"], [width, 2 * width])
@@ -82,7 +85,7 @@ def without_key_biases(params):
 
 
 def stacked(seen):
-    """Windows have several lengths, all else is one array an update."""
+    """Arrays of what was seen; windows of different lengths are concatenated."""
     ragged = "window", "prediction"
     return {k: np.concatenate(x) if k in ragged else np.array(x) for k, x in seen.items()}
 
@@ -127,7 +130,7 @@ def read(model, grad=False):
 
 
 def world(inputs, acted):
-    """Their environment, in which an episode says and pays what `inputs` hold."""
+    """The peer's environment; its observations and rewards are in `inputs`."""
 
     class Reacher2dEnv:
         observation_space = SimpleNamespace(shape=(OBS,))

@@ -1,16 +1,20 @@
-"""EDAC and SAC-N beside their authors' code.
+"""EDAC and SAC-N compared with their authors' code.
 
-Theirs: `SACTrainer.train_from_torch` of lifelong_rl/trainers/q_learning/sac.py does whole updates,
-with its own policy and ensemble. Losses are read where it calls `backward`, gradients when an
-optimiser is about to step; `torch.normal` hands out the noise that our update draws from fixed
-keys. Stubs stand for the base class of trainers and for statistics. Out of play:
-- the initialisation, by our weights for theirs
-- the map of log std, by the same map behind their layer
-- the floor of log std and the 1e-6 in the log density, by our constants in theirs
-- the number and width of hidden layers
+The peer: `SACTrainer.train_from_torch` of lifelong_rl/trainers/q_learning/sac.py makes whole
+updates with its own policy and ensemble. Losses are read where it calls `backward`, gradients when
+an optimiser is about to step.
 
-Weights: their W is our kernel transposed, their two last layers of the policy are the halves of our
-one; their log_alpha is the logarithm of our temperature.
+- Stubs replace the base class of trainers and statistics.
+- `torch.normal` returns the noise that our update draws from fixed keys.
+
+Differences removed for the comparison:
+- initialisation: both start from our weights
+- affine map of log std: the peer's layer is followed by the same map
+- floor of log std and the 1e-6 in the log density: the peer gets our constants
+- number and width of hidden layers: equal
+
+Weights: its W is our kernel transposed; the two last layers of its policy are the halves of our
+last layer; its log_alpha is the logarithm of our temperature.
 """
 
 import numpy as np
@@ -45,14 +49,14 @@ def inputs():
 
 
 def keys():
-    """Those of three updates."""
+    """The keys of three updates."""
     import jax
 
     return jax.random.split(jax.random.key(0), 3)
 
 
 def draw(key, shape):
-    """The standard normal numbers that our update draws from a key; shape (B, A)."""
+    """The standard normal numbers (B, A) that our update draws from a key."""
     import distrax
     import jax
     import jax.numpy as jnp
@@ -121,7 +125,7 @@ def theirs(inputs, checkout):
 
 
 class Trainer:
-    """What their learner needs of its base class."""
+    """The part of the base class that the peer's learner needs."""
 
     def __init__(self):
         self._num_train_steps = 0
@@ -253,7 +257,7 @@ def split(layers):
 
 
 def read(agent, name, grad=False):
-    """One of our trees, from their parameters or from their gradients."""
+    """One of our trees, from the peer's parameters or gradients."""
 
     def number(x):
         return (x.grad if grad else x.data).numpy().copy()

@@ -1,14 +1,18 @@
-"""IQL beside its authors' code.
+"""IQL compared with its authors' code.
 
-Theirs: `Learner` of learner.py holds the networks; `update_v` and `update_q` of critic.py and
-`update` of actor.py give the losses, and their gradients by an optimiser that keeps what it is
-handed; `Learner.update` does the whole updates. Nothing is stubbed; two things that later versions
-changed are given back, `jax.tree_multimap` and Flax's frozen parameters. Out of play: the
-initialisation, by our weights for theirs; standardisation and the scale of rewards, which happen
-outside of an update in both.
+The peer: `Learner` of learner.py holds the networks. `update_v` and `update_q` of critic.py and
+`update` of actor.py give the losses, and the gradients through an optimiser that keeps them.
+`Learner.update` makes whole updates.
 
-Weights: their Critic_0 and Critic_1 are our members 0 and 1 on axis 0; their policy's last layer
-stands beside its MLP, ours is the MLP's last; their log_stds is our log_std.
+- Nothing is stubbed. `jax.tree_multimap` and Flax's frozen parameters, which later versions
+  changed, are restored.
+
+Differences removed for the comparison:
+- initialisation: both start from our weights
+- standardisation and reward scale: outside of an update in both
+
+Weights: its Critic_0 and Critic_1 are our members 0 and 1 on axis 0. The last layer of its policy
+is outside its MLP, ours is the last layer of the MLP. Its log_stds is our log_std.
 """
 
 import numpy as np
@@ -127,7 +131,7 @@ def theirs(inputs, checkout):
 
 
 def load(model, params):
-    """Their Model with these parameters; they must have the structure of its own."""
+    """The peer's Model with these parameters, which must have the structure of its own."""
     from flax.core import freeze
 
     params = turned(params)
@@ -137,7 +141,7 @@ def load(model, params):
 
 
 def turned(tree):
-    """The same tree with every kernel transposed: ours are (out, in), theirs (in, out)."""
+    """The tree with every kernel transposed: ours are (out, in), the peer's (in, out)."""
     if not hasattr(tree, "items"):
         return tree
     return {k: np.swapaxes(x, -1, -2) if k == "kernel" else turned(x) for k, x in tree.items()}

@@ -1,8 +1,8 @@
-"""Weights of our Dense layers into torch's Linears and back; a kernel is (out, in), as there."""
+"""Copies weights between our Dense layers and torch's Linears; both have kernels (out, in)."""
 
 
 def to_linear(layer, dense):
-    """Writes a Dense into a torch Linear."""
+    """Writes the weights of a Dense into a torch Linear."""
     import torch
 
     layer.weight.data = torch.tensor(dense["kernel"])
@@ -16,7 +16,7 @@ def from_linear(layer, grad=False):
 
 
 def to_mlp(layers, params):
-    """Writes Dense_0, Dense_1, ... into the Linears of a torch Sequential."""
+    """Writes the weights of Dense_0, Dense_1, ... into the Linears of a torch Sequential."""
     for i, layer in enumerate(layer for layer in layers if hasattr(layer, "weight")):
         to_linear(layer, params[f"Dense_{i}"])
 

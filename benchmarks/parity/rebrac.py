@@ -1,13 +1,18 @@
-"""ReBRAC beside its authors' code, which is JAX.
+"""ReBRAC compared with its authors' code, which uses JAX.
 
-Theirs: `update_critic` and `update_actor` of src/algorithms/rebrac.py through `update_td3` and
-`update_td3_no_targets`, with the networks of src/networks.py. Losses are among the metrics that
-they return; gradients are read where they reach `apply_gradients`. Stubs stand for d4rl, gym,
-pyrallis, wandb and the replay buffer. `jax.random.normal` hands out the noise that our update draws
-from fixed keys. Out of play: the initialisation, by our weights for theirs; which of two updates
-moves the policy, by beginning with one that does not; the number and width of hidden layers.
+The peer: `update_critic` and `update_actor` of src/algorithms/rebrac.py through `update_td3` and
+`update_td3_no_targets`, with the networks of src/networks.py. Losses are among its metrics;
+gradients are read where they reach `apply_gradients`.
 
-Weights: their kernels are ours transposed.
+- Stubs replace d4rl, gym, pyrallis, wandb and the replay buffer.
+- `jax.random.normal` returns the noise that our update draws from fixed keys.
+
+Differences removed for the comparison:
+- initialisation: both start from our weights
+- which of two updates also updates the policy: the peer begins with one that does not
+- number and width of hidden layers: equal
+
+Weights: its kernels are ours transposed.
 """
 
 import numpy as np
@@ -51,7 +56,7 @@ def begin(batches):
 
 
 def keys():
-    """Those of four updates."""
+    """The keys of four updates."""
     import jax
 
     return jax.random.split(jax.random.key(0), UPDATES)

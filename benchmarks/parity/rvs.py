@@ -1,13 +1,19 @@
-"""RvS beside its authors' code.
+"""RvS compared with its authors' code.
 
-Theirs: `RvS` of src/rvs/policies.py, an actor-critic policy of Stable-Baselines3: `training_step`
-gives the loss, its `backward` the gradient, `configure_optimizers` the steps and `get_actions` the
-actions; `reward_to_go` and `D4RLIterableDataset._sample_batch` of src/rvs/dataset.py give what
-rows led to. Gymnasium stands for gym; stubs stand for d4rl, gcsl, wandb, PyTorch Lightning and
-whatever draws pictures. numpy's random numbers are ours, of a fixed key. Out of play: the
-initialisation, by our weights; dropout, which is 0; which episodes are drawn.
+The peer: `RvS` of src/rvs/policies.py, an actor-critic policy of Stable-Baselines3. `training_step`
+gives the loss, `backward` the gradient, `configure_optimizers` the steps, `get_actions` the
+actions. `reward_to_go` and `D4RLIterableDataset._sample_batch` of src/rvs/dataset.py give the
+outcomes of rows.
 
-Weights: the two layers of their shared_net and their action_net are our Dense_0 to Dense_2.
+- Gymnasium replaces gym; stubs replace d4rl, gcsl, wandb, PyTorch Lightning and plotting.
+- NumPy's random numbers are those that our code draws from a fixed key.
+
+Differences removed for the comparison:
+- initialisation: both start from our weights
+- dropout: 0
+- choice of episodes: given
+
+Weights: the two layers of its shared_net and its action_net are our Dense_0 to Dense_2.
 """
 
 import numpy as np
@@ -92,7 +98,7 @@ def updates(batches, params):
 
 
 def led_to(rows, drawn):
-    """What rows of episodes led to, and the pairs of a minibatch of RvS-G."""
+    """Outcomes of rows of episodes, and the pairs of a minibatch of RvS-G."""
     import jax
 
     from algorithms import rvs

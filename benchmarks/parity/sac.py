@@ -1,12 +1,15 @@
-"""SAC beside the port that CQL's is built on, with and without the entropy in the target.
+"""SAC, with and without entropy in the target, compared with the base of the port used for CQL.
 
-Theirs: `SAC` of SimpleSAC/sac.py with the networks of SimpleSAC/model.py; `SAC.train` does whole
-updates. Losses are among the metrics that it returns, gradients are read when an optimiser is about
-to step. torch's source of standard normal numbers hands out the noise that our update draws from
-fixed keys. Out of play: the initialisation, by our weights for theirs.
+The peer: `SAC` of SimpleSAC/sac.py with the networks of SimpleSAC/model.py. `SAC.train` makes whole
+updates. Losses are among its metrics; gradients are read when an optimiser is about to step.
 
-Weights: their two critics are our members 0 and 1 on axis 0; their Scalars log_std_multiplier and
-log_std_offset are our log_std_scale and log_std_shift; their log_alpha is the logarithm of our
+- torch's standard normal numbers are the noise that our update draws from fixed keys.
+
+Differences removed for the comparison:
+- initialisation: both start from our weights
+
+Weights: its two critics are our members 0 and 1 on axis 0. Its Scalars log_std_multiplier and
+log_std_offset are our log_std_scale and log_std_shift; its log_alpha is the logarithm of our
 temperature.
 """
 
@@ -41,14 +44,14 @@ def inputs():
 
 
 def keys():
-    """Those of three updates."""
+    """The keys of three updates."""
     import jax
 
     return jax.random.split(jax.random.key(0), 3)
 
 
 def draw(key, shape):
-    """The standard normal numbers that our update draws from a key; shape (B, A)."""
+    """The standard normal numbers (B, A) that our update draws from a key."""
     import distrax
     import jax
     import jax.numpy as jnp

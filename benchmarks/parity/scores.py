@@ -1,16 +1,17 @@
-"""Scores of other people's implementations on our data: the same rows, updates and evaluation.
+"""Scores of other implementations on our data, with the same rows, updates and evaluation.
 
     python -m benchmarks.parity.scores data --env stillwater/halfcheetah/medium-v0 --file data.npz
     python -m benchmarks.parity.scores iql --checkout DIR --file data.npz --updates 100000
 
-`data`, in our environment, writes a dataset's rows; `iql`, `awac`, `cql` or `dt`, in the peer's
-(PEERS tells which), trains it and writes benchmarks/results/peers/NAME.json, which
-benchmarks/report.py sets beside our runs of as many updates.
+The first command runs in our environment and writes the rows of a dataset. The second, for `iql`,
+`awac`, `cql` or `dt`, runs in the peer's environment (see PEERS), trains the peer and writes
+benchmarks/results/peers/NAME.json. benchmarks/report.py compares it with our runs of as many
+updates.
 
-Only a peer's learning code is run: agents, networks, losses, samplers, with its own settings for
-D4RL's file of that name. Its reading of D4RL is replaced by our rows, which leave out no time
-limit; its evaluation by ours: ten episodes, environment seeds 0 to 9, the mean action, Gymnasium's
-v5. Modules that it imports for logging and for D4RL alone are empty here.
+Only the peer's learning code is run: agents, networks, losses and samplers, with its own settings
+for the D4RL dataset of that name. Its rows are ours, which include those at time limits. The
+evaluation is ours too: ten episodes, environment seeds 0 to 9, the mean action, Gymnasium's v5.
+Modules that a peer imports only for logging or D4RL are replaced by empty ones.
 """
 
 import argparse
@@ -55,7 +56,7 @@ PEERS = {  # algorithm: (name, repository, commit, environment)
 
 
 def without(*names):
-    """Puts an empty module in the place of each of these."""
+    """Replaces these modules by empty ones."""
     sys.modules.update({name: MagicMock() for name in names})
 
 
@@ -282,7 +283,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["data", *PEERS])
     parser.add_argument("--env", default="stillwater/halfcheetah/medium-v0")
-    parser.add_argument("--file", default="data.npz", help="rows of a dataset")
+    parser.add_argument("--file", default="data.npz", help="file with the rows of a dataset")
     parser.add_argument("--checkout", help="folder with the peer's repository")
     parser.add_argument("--updates", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,12 +1,17 @@
-"""TD3+BC beside its authors' code.
+"""TD3+BC compared with its authors' code.
 
-Theirs: `TD3_BC.train` of TD3_BC.py does whole updates: the critics, and on every second call the
-policy and the targets. Losses are read where it calls `backward`, gradients when an optimiser is
-about to step; `randn_like` hands out the noise that our update draws from fixed keys. Out of play:
-the initialisation, by our weights for theirs; the width of 256 and the learning rate, by smaller
-Linears and new optimisers in their agent; the standardised observations, which are data to it.
+The peer: `TD3_BC.train` of TD3_BC.py makes whole updates of the critics, and on every second call
+of the policy and the targets. Losses are read where it calls `backward`, gradients when an
+optimiser is about to step.
 
-Weights: their critic's l1, l2, l3 are our member 0 on axis 0, l4, l5, l6 our member 1.
+- `randn_like` returns the noise that our update draws from fixed keys.
+
+Differences removed for the comparison:
+- initialisation: both start from our weights
+- width of 256 and learning rate: the peer gets smaller Linears and new optimisers
+- standardisation of observations: part of the data for the peer
+
+Weights: l1, l2, l3 of its critic are our member 0 on axis 0, l4, l5, l6 our member 1.
 """
 
 import numpy as np
@@ -43,7 +48,7 @@ def inputs():
 
 
 def keys():
-    """Those of four updates."""
+    """The keys of four updates."""
     import jax
 
     return jax.random.split(jax.random.key(0), UPDATES)
@@ -200,7 +205,7 @@ def dense_layers(name, tree):
 
 
 def read(agent, name, grad=False):
-    """One of our trees, from their parameters or from their gradients."""
+    """One of our trees, from the peer's parameters or gradients."""
     net = network(agent, name)
     layers = [from_linear(getattr(net, layer), grad) for layer in names(name)]
     if "actor" not in name:

@@ -7,6 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 
+from benchmarks.markdown import markdown
 from benchmarks.scores.runs import (
     behaviour,
     chosen,
@@ -18,7 +19,6 @@ from benchmarks.scores.runs import (
     short,
 )
 from common.experiment import statistics
-from common.experiment.statistics import iqm
 
 SOURCES = {  # of data, and what a table says of them
     "ours": "our own data, collected by `benchmarks/collect`",
@@ -30,11 +30,6 @@ MARKS = {  # a mark, and what it says below a table that holds it
     "†": "preliminary, fewer than five seeds.",
     "‡": "the critic has not settled: fewer than 5 / (polyak (1 - gamma)) updates.",
 }
-
-
-def markdown(names, rows):
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in rows]) + "\n"
 
 
 def legend(text):
@@ -87,7 +82,7 @@ def long_table(runs):
         for run in group:
             (low, high, mark), mean = ends(run), run["scores"].mean()
             seeds, episodes = run["scores"].shape
-            trimmed = iqm(statistics.of_seeds(run["scores"]))
+            trimmed = statistics.iqm(statistics.of_seeds(run["scores"]))
             size = count(seeds, run["diverged"], f" x {episodes}")
             updates = f"{run['updates']:,}{' ‡' * (not settled(run))}"
             cells = [dataset, run["title"], updates, size]
@@ -130,7 +125,7 @@ def aggregate(runs):
         x = matrix(group)
         gone = sum(run["diverged"] for run in group)
         cells = [name, f"{group[0]['updates']:,}", count(x.shape[1], gone)]
-        for statistic in (np.mean, iqm):
+        for statistic in (np.mean, statistics.iqm):
             text = " [{:.1f}, {:.1f}]".format(*statistics.interval(x, statistic))
             cells.append(f"{statistic(x):.1f}" + (text if x.shape[1] > 1 else ""))
         rows.append(cells)

@@ -8,7 +8,7 @@ import json
 
 import numpy as np
 
-from benchmarks.scores.tables import markdown
+from benchmarks.markdown import markdown
 
 OURS = {1: "speed.json", 2: "speed-2-cores.json"}  # by cores
 PLAIN, THREE = dict(widths=[256] * 2), dict(widths=[256] * 3)

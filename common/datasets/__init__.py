@@ -11,7 +11,7 @@ This command shows what is in a dataset:
 Loaded arrays are kept in $XDG_CACHE_HOME/stillwater or ~/.cache/stillwater, safe to delete.
 """
 
-from common.datasets.checked import DatasetError
+from common.datasets.checked import CheckedFile, DatasetError
 from common.datasets.d4rl import REFERENCE, Source
 from common.datasets.dataset import Batch, Dataset, Steps, windows
 from common.datasets.loading import from_arrays, load, read
@@ -19,6 +19,7 @@ from common.datasets.loading import from_arrays, load, read
 __all__ = [
     "REFERENCE",
     "Batch",
+    "CheckedFile",
     "Dataset",
     "DatasetError",
     "Source",

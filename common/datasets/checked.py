@@ -57,7 +57,7 @@ class CheckedFile:
         return DatasetError(f"{self.path}: {field}: {why}")
 
     def missing(self):
-        """What to say of an absent field: the names that the file has instead."""
+        """The message for a missing field, with the names that the file has."""
         with contextlib.suppress(Exception):
             names = [name for name, _ in zip(self.file, range(8), strict=False)]
             return f"missing; the file has {', '.join(names) or 'nothing'}"
@@ -200,18 +200,18 @@ class CheckedFile:
 
 
 def what_else(path, head):
-    """Why a file that does not begin as HDF5 does is not read."""
+    """The message for a file that does not begin with MAGIC; head: its first bytes."""
     for start in (512, 1024, 2048, 4096, 8192):
         with open(path, "rb") as file:
             file.seek(start)
             if file.read(8) == MAGIC:
-                how = "`h5unjam -i OLD -u BLOCK -o NEW.hdf5` takes it away"
+                how = "`h5unjam -i OLD -u BLOCK -o NEW.hdf5` removes it"
                 return f"an HDF5 file behind a user block of {start} bytes: {how}"
     return f"not an HDF5 file (it begins with {head!r})"
 
 
 def wrong_shape(shape, dtype, ndim):
-    """What to say of an array with another number of axes than `ndim`."""
+    """The message for an array that does not have `ndim` axes."""
     if ndim == 2 and shape is not None and len(shape) == 1 and dtype.kind in "iub":
         return f"has shape {shape} and whole numbers: discrete actions or states are not read"
     if ndim == 2 and shape is not None and len(shape) > 2:

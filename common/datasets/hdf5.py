@@ -40,7 +40,7 @@ def array(path, item):
             values = np.fromfile(file, kind, item.size, offset=item.id.get_offset())
         return values.reshape(item.shape)
     if how.get_layout() == h5py.h5d.COMPACT:
-        why = "lies in the file's header (compact storage)"
+        why = "is stored in the file's header (compact storage)"
         raise NotStored(f"{why}: `h5repack -l CONTI OLD.hdf5 NEW.hdf5` writes a file that is read")
     if how.get_layout() != h5py.h5d.CHUNKED:
         raise NotStored("is declared but was never written")

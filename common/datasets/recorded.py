@@ -21,10 +21,10 @@ def environment(source, metadata):
     """(the evaluation.Env to score on, its own action bounds, notes for the user).
 
     It is the user's choice, `source.env_id`, else the evaluation environment in Minari's metadata,
-    else the environment that the data were recorded in. Actions are in the units that the metadata
-    tell, which a wrapper may have changed: Env's bounds; the environment's own may differ. Without
-    an environment, or if it cannot be reproduced, Env.env_id is "" and a note says why. Raises
-    DatasetError for a choice that contradicts the metadata.
+    else the environment that the data were recorded in. The bounds in Env are those of the recorded
+    actions, from the metadata; they differ from the environment's own if a wrapper rescaled them.
+    Without an environment, or if it cannot be reproduced, Env.env_id is "" and a note says why.
+    Raises DatasetError for a choice that contradicts the metadata.
     """
     own, wrappers, why = read_spec(metadata)
     low, high = action_bounds(metadata)

@@ -37,7 +37,7 @@ def find(name: str, env_id: str = "") -> tuple[Source, str]:
             return Source(found, "Minari", env_id), "local file"
         if path.suffix in (".hdf5", ".h5") and not path.is_file():
             what = "a folder, not a file" if path.is_dir() else "no such file"
-            moved = "If it has moved, --env tells the new place, with --resume too."
+            moved = "If it has moved, --env gives its new path, also with --resume."
             raise DatasetError(f"{path.absolute()}: {what}. {moved} {offline_hint()}")
         is_file = path.is_file()
     except OSError as error:  # no permission; a name that is too long
@@ -80,7 +80,7 @@ def find_d4rl(name, source):
 
 
 def minari_path(path):
-    """The HDF5 file of a Minari dataset whose folder, or file, is `path`; None for another path."""
+    """The HDF5 file of a Minari dataset, from its folder or file `path`; None for other paths."""
     for file in (path, path / "main_data.hdf5", path / "data/main_data.hdf5"):
         if file.name == "main_data.hdf5" and file.is_file():
             if not file.with_name("metadata.json").is_file():

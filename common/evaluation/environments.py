@@ -107,10 +107,10 @@ def goal_cell(env_id):
 
 
 class FlatDict(gymnasium.Wrapper):
-    """An environment whose dict observations become vectors: its parts, sorted by their names.
+    """An environment whose dict observations become vectors: their parts in the order of names.
 
-    A goal environment's are (position, observation, goal); the position, `achieved_goal`, is left
-    out if `observation` begins with it.
+    A goal environment has (position, observation, goal); the position, `achieved_goal`, is left out
+    if `observation` begins with it.
     """
 
     def __init__(self, env):
@@ -201,7 +201,7 @@ def is_vector(space):
 
 
 def is_dict_of_vectors(space):
-    """Whether a space is that of dicts of vectors."""
+    """Whether a space holds dicts of vectors."""
     return isinstance(space, gymnasium.spaces.Dict) and all(map(is_vector, space.values()))
 
 

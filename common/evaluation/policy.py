@@ -28,8 +28,8 @@ class Policy:
     def __init__(self, act, state, obs_dim=None, bounds=None):
         """act: (state, carry, obs, reward, key) -> (action, carry), see an algorithm's `policy`.
 
-        obs_dim: D, to check observations by; None: any. bounds: (low, high), each (A,) or (1,), of
-        the actions to return; None: -1 and 1.
+        obs_dim: D, to check observations; None: no check. bounds: (low, high) of the returned
+        actions, each (A,) or (1,); None: -1 and 1.
         """
         self._act, self._state, self._dim = jax.jit(act), state, obs_dim
         self._bounds = bounds
@@ -91,9 +91,9 @@ def load_policy(run, seed_index=0, units="unit"):
     """The Policy of one seed of a run: `action = policy(obs)`; `policy.reset()` begins an episode.
 
     run: the run folder. seed_index: counted from 0, whatever the run's first seed is. units: "unit"
-    for actions in [-1, 1], "environment" for actions between the environment's own bounds, or those
-    of the data if there is no environment. Raises RunError as `load` does, and EvaluationError for
-    a seed that the run does not have.
+    for actions in [-1, 1]; "environment" for actions within the environment's own bounds, or the
+    data's if there is no environment. Raises RunError as `load` does, and EvaluationError for a
+    seed that the run does not have.
     """
     if units not in ("unit", "environment"):
         raise ValueError(f'units {units!r}: must be "unit" or "environment".')
@@ -106,13 +106,13 @@ def load_policy(run, seed_index=0, units="unit"):
 
 
 def action_bounds(info):
-    """(low, high), each (A,) or (1,), of the environment of a run; info: of experiment.read."""
+    """Action bounds (low, high), each (A,) or (1,), of a run. info: from experiment.read."""
     data = info["dataset"]
     try:
         low, high = (np.array(data[f"action_{end}"], np.float32) for end in ("low", "high"))
         if low.shape != high.shape or low.shape not in ((1,), (info["dims"][2],)):
             raise ValueError
-    except (KeyError, TypeError, ValueError):  # a run from before they were kept
+    except (KeyError, TypeError, ValueError):  # an older run without them
         env = inspect(data["env_id"])
         low, high = env.low, env.high
     return low, high

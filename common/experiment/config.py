@@ -38,9 +38,9 @@ def resolve(cfg, tuned=None, dataset=None):
     least 1 (0 if its default is 0) and at most 16,384 if its default is a small number; a float is
     finite, and negative only if its default is. SHARED has the ranges of the shared fields.
 
-    A resumed run keeps its config: only `resume`, `out` and `wandb` may differ, `env` if the data
-    have moved, and a larger `num_updates` extends the run, unless a schedule depends on it, which
-    the comment of its field says: "until num_updates".
+    A resumed run keeps its config. Only `resume`, `out` and `wandb` may differ, and `env` if the
+    data have moved. A larger `num_updates` extends the run, unless the comment of a field that is
+    set contains "until num_updates", which marks a schedule.
 
     Raises RunError for a value out of range, for one that contradicts the dataset, and for a flag
     that conflicts with the stored config.
@@ -48,7 +48,7 @@ def resolve(cfg, tuned=None, dataset=None):
     if "--resume=" in sys.argv or ("--resume", "") in itertools.pairwise(sys.argv):
         raise RunError("--resume '': needs a run folder.")
     if sum(word.partition("=")[0] == "--env" for word in sys.argv[1:]) > 1:
-        raise RunError("--env: one dataset a run; datasets.from_arrays joins several in Python.")
+        raise RunError("--env: a run has one dataset; datasets.from_arrays joins several.")
     runtime.last_words = f"{cfg.resume} is as it was." if cfg.resume else "Nothing is saved yet."
     runtime.open_streams()
     if dataset is None:  # called by a command, not by a notebook
@@ -57,7 +57,7 @@ def resolve(cfg, tuned=None, dataset=None):
     runtime.import_own(getattr(cfg, "env_module", ""))
     if dataset is not None:
         cfg = dataclasses.replace(cfg, env=dataset.name)
-        if not _is_known(dataset.name):  # a file, which the command line is told its environment of
+        if not _is_known(dataset.name):  # the command line needs it to resume
             cfg = dataclasses.replace(cfg, env_id=dataset.env_id)
     cfg = _filled(cfg, tuned or {}, told=dataset is not None)
     _in_range(cfg, f"{cfg.resume}/config.json: " if cfg.resume else "")  # nobody typed it
@@ -136,7 +136,7 @@ def _range(field, comment):
         above = (lambda x: x >= float(low)) if left == "[" else (lambda x: x > float(low))
         below = (lambda x: x <= float(high)) if right == "]" else (lambda x: x < float(high))
         words = [f"{WORDS[left]} {low}", *([f"{WORDS[right]} {high}"] if high != "inf" else [])]
-        return ", ".join(words), lambda x: above(x) and below(x)
+        return " and ".join(words), lambda x: above(x) and below(x)
     if is_int:
         sizes = default if isinstance(default, tuple) else (default or 0,)
         low, high = SHARED.get(name, (int(default != 0), 16_384 if max(sizes) <= 1_000 else INT32))

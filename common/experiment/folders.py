@@ -31,7 +31,7 @@ def script(cfg):
 
 
 def is_beside_common(cfg):
-    """Whether the algorithm is a copy beside common/, not a file of algorithms/."""
+    """Whether the algorithm's file is a copy beside common/ instead of in algorithms/."""
     return script(cfg).parent == PROJECT
 
 
@@ -79,6 +79,12 @@ def create(cfg, dataset, facts):
     info |= {"command": sys.argv, "dims": dims(dataset), "beside_common": is_beside_common(cfg)}
     files.write(folder / "config.json", json.dumps(info, indent=2) + "\n")
     return folder
+
+
+def extend(folder, info, num_updates):
+    """Writes config.json with a larger `num_updates`. info: its content, which is changed."""
+    info["config"]["num_updates"] = num_updates
+    files.write(folder / "config.json", json.dumps(info, indent=2) + "\n")
 
 
 def read(folder):
@@ -134,7 +140,7 @@ def _is_a(value, kind):
 
 
 def source(info):
-    """The arguments of `module` for the algorithm of config.json's content."""
+    """The arguments of `module` for a run. info: the content of its config.json."""
     return info["algorithm"], info.get("beside_common") is True
 
 

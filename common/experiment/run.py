@@ -1,22 +1,18 @@
 """One training run: its folder, its steps, its lines on the terminal."""
 
-import inspect
-import json
 import os
-import shlex
 import time
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from common.experiment import checkpoint, files, folders, plots, runtime, statistics
+from common.experiment import checkpoint, commands, files, folders, plots, runtime, statistics
 from common.experiment.checkpoint import RunError
 from common.experiment.divergence import Divergence
 from common.experiment.loggers import Loggers
 from common.experiment.progress import Display
 from common.experiment.records import TIMING, Records
-from common.experiment.runtime import PROJECT
 
 
 class Run:
@@ -50,7 +46,7 @@ class Run:
         self.log(f"{dataset.name}: {len(dataset.obs):,} transitions, behaviour's {behaviour}")
         seeds = "1 seed" if cfg.num_seeds == 1 else f"{cfg.num_seeds} seeds"
         self.log(f"{cfg.num_updates:,} updates of {seeds} on {self._facts['device']}")
-        self.log(f"Run folder: {_short(self.folder)}")
+        self.log(f"Run folder: {commands.short(self.folder)}")
         if self.step < cfg.num_updates:
             self._display.start(self.step, cfg.num_updates)
 
@@ -79,8 +75,7 @@ class Run:
             name = "metrics.csv, returns.json or diverged.json"
             raise RunError(f"{self.folder}: {name} is damaged: {error}. {how}.") from None
         if info["config"]["num_updates"] != self.cfg.num_updates:  # the run is extended
-            info["config"]["num_updates"] = self.cfg.num_updates
-            files.write(self.folder / "config.json", json.dumps(info, indent=2) + "\n")
+            folders.extend(self.folder, info, self.cfg.num_updates)
         changed = [name for name, value in self._facts.items() if value != info.get(name)]
         if changed:
             what = " and ".join(changed)
@@ -106,8 +101,7 @@ class Run:
         self._display.log(line)
 
     def _resume_hint(self):
-        script, path = _short(inspect.getfile(type(self.cfg))), _short(self.folder)
-        command = f"python {shlex.quote(script)} --resume {shlex.quote(path)}"
+        command = commands.resume(self.cfg, self.folder)
         return f"Saved up to step {self.step:,}. To continue: {command}"
 
     def _describe(self, returns):
@@ -255,20 +249,5 @@ class Run:
         if last is not None:
             summary = statistics.summary(last)
             self.log(f"Final {name} {summary}; the data's mean is {levels[0]:.1f}.")
-        self.log(f"Curve: {_short(path)}")
-        if folders.script(self.cfg).parent not in (PROJECT, PROJECT / "algorithms"):
-            return self.log(f"To score it again, keep the algorithm's file in {PROJECT}.")
-        words = f"python -m common.evaluation {shlex.quote(_short(self.folder))}"
-        if own := getattr(self.cfg, "env_module", ""):
-            words += f" --env-module {shlex.quote(own)}"
-        if dataset.env_id:
-            self.log(f"Video: {words} --video run.mp4")
-        else:
-            self.log(f"Score: {words} --env-id ID --episodes 10")
-
-
-def _short(path):
-    """The path, or the path from the working directory if that is shorter."""
-    with suppress(OSError):  # the working directory is gone
-        return min(str(path), os.path.relpath(path), key=len)
-    return str(path)
+        self.log(f"Curve: {commands.short(path)}")
+        self.log(commands.after(self.cfg, self.folder, dataset.env_id))
