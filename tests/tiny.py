@@ -21,7 +21,9 @@ RUN = dict(
 )  # fmt: skip
 OWN = {
     "brac": dict(divergence="wasserstein"),  # which trains all its networks
-    "diffuser": dict(horizon=16, diffusion_steps=2, width=32, multiples=(2,), guide_steps=1),
+    "diffuser": dict(
+        horizon=16, diffusion_steps=2, width=32, multiples=(2,), guide_steps=1, plan_every=4
+    ),
 }
 
 

@@ -331,34 +331,6 @@ def test_rewards_are_scaled_then_shifted(flags, reward, monkeypatch):
     np.testing.assert_allclose(trained[0], [reward], rtol=1e-6)
 
 
-# --- Seeds ---
-
-
-def test_a_seed_of_many_is_that_seed_alone(data):
-    """100 updates of three seeds under vmap and of each alone; and a rerun, bit for bit."""
-    chunk, cfg = jax.jit(awac.train_chunk, static_argnums=4), replace(CFG, lr=1e-3)
-    keys = jax.vmap(jax.random.key)(jnp.arange(3))
-    start = [INIT(key, data, cfg) for key in keys]
-    start = jax.tree.map(lambda *x: jnp.stack(x), *start)
-    many = jax.jit(jax.vmap(partial(awac.train_chunk, cfg=cfg), (0, None, 0, None)))(
-        start, data, keys, 100
-    )
-
-    def learned(state, metrics):
-        return state.actor.params, state.critic.params, state.target, metrics
-
-    for i in range(3):
-        alone = learned(*chunk(INIT(keys[i], data, cfg), data, keys[i], 100, cfg))
-        mine = jax.tree.map(lambda x, i=i: x[i], learned(*many))
-        chex.assert_trees_all_close(mine, alone, rtol=1e-5, atol=1e-5)
-    again = learned(*chunk(INIT(keys[2], data, cfg), data, keys[2], 100, cfg))
-    chex.assert_trees_all_equal(again, alone)
-    other = learned(*chunk(INIT(keys[2], data, cfg), data, keys[0], 100, cfg))
-    assert other[-1]["critic_loss"] != alone[-1]["critic_loss"]  # another key draws other rows
-    bias = many[0].critic.params["params"]["MLP_0"]["Dense_2"]["bias"][:, 0, 0]
-    assert len(np.unique(bias)) == 3 and np.abs(bias).min() > 1e-3  # they learned, and differ
-
-
 # --- A bandit ---
 
 

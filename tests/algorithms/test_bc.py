@@ -1,4 +1,4 @@
-"""BC: losses and a step in float64, which episodes %BC keeps, seeds, worlds with known answers."""
+"""BC: losses and a step in float64, which episodes %BC keeps, worlds with known answers."""
 
 from dataclasses import replace
 from functools import partial
@@ -218,33 +218,6 @@ def test_an_episode_that_a_time_limit_ended_is_one(tmp_path, monkeypatch):
     assert kept(data, 0.5) == [1, 3]
     rows = bc.best_episodes(data, 0.5)
     assert data.transitions().obs[rows].ravel().tolist() == [3, 4, 5, 7, 8]
-
-
-# --- Seeds ---
-
-
-def test_a_seed_of_many_is_that_seed_alone(data):
-    """100 updates of three seeds under vmap and of each alone; and a rerun, bit for bit."""
-    keys = jax.vmap(jax.random.key)(jnp.arange(3))
-    start = [INIT(key, data, CFG) for key in keys]
-    start = jax.tree.map(lambda *x: jnp.stack(x), *start)
-    many = jax.jit(jax.vmap(partial(bc.train_chunk, cfg=CFG), (0, None, 0, None)))(
-        start, data, keys, 100
-    )
-
-    def learned(state, metrics):
-        return state.actor.params, metrics
-
-    for i in range(3):
-        alone = learned(*CHUNK(INIT(keys[i], data, CFG), data, keys[i], 100, CFG))
-        mine = jax.tree.map(lambda x, i=i: x[i], learned(*many))
-        chex.assert_trees_all_close(mine, alone, rtol=1e-5, atol=1e-5)
-    again = learned(*CHUNK(INIT(keys[2], data, CFG), data, keys[2], 100, CFG))
-    chex.assert_trees_all_equal(again, alone)
-    other = learned(*CHUNK(INIT(keys[2], data, CFG), data, keys[0], 100, CFG))
-    assert other[-1]["actor_loss"] != alone[-1]["actor_loss"]  # another key draws other rows
-    bias = many[0].actor.params["params"]["MLP_0"]["Dense_2"]["bias"][:, 0]
-    assert len(np.unique(bias)) == 3 and np.abs(bias).min() > 1e-3  # they learned, and differ
 
 
 # --- Worlds with known answers ---

@@ -263,31 +263,7 @@ def test_a_row_depends_on_that_row_alone(state, batch):
     np.testing.assert_array_equal(moved, [3])
 
 
-# --- Seeds and chunks ---
-
-
 CHUNK = JIT(partial(bcq.train_chunk, cfg=CFG))
-
-
-def test_chunks_and_seeds_change_no_number(data):
-    """Two chunks of 10 are one of 20, bit for bit; a seed of two is that seed alone."""
-    start = [INIT(key, data, CFG) for key in jax.random.split(KEY, 2)]
-    keys = jax.random.split(jax.random.key(1), 2)
-    whole = CHUNK(start[0], data, keys[0], 20)
-    part = JIT(partial(bcq.train_chunk, cfg=replace(CFG, log_every=10)))
-    state, first = part(start[0], data, keys[0], 10)
-    state, second = part(state, data, keys[0], 20)
-    chex.assert_trees_all_equal(state.target, whole[0].target)
-    mean = jax.tree.map(lambda x, y: (x + y) / 2, first, second)
-    chex.assert_trees_all_close(mean, whole[1], rtol=1e-5)
-
-    both = JIT(jax.vmap(partial(bcq.train_chunk, cfg=CFG), (0, None, 0, None)))
-    many, _ = both(jax.tree.map(lambda *x: jnp.stack(x), *start), data, keys, 20)
-    mine = jax.tree.map(lambda x: x[0], (many.target, many.target_actor, many.vae.params))
-    alone = whole[0].target, whole[0].target_actor, whole[0].vae.params
-    chex.assert_trees_all_close(mine, alone, rtol=1e-5, atol=1e-5)
-    bias = many.target["params"]["MLP_0"]["Dense_2"]["bias"]
-    assert not np.any(np.isclose(bias[0], bias[1]))
 
 
 # --- A world with a known answer ---

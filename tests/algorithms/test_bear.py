@@ -310,7 +310,7 @@ def test_the_multiplier_starts_at_random_and_in_d4rls_form_at_one(data):
     assert JIT(lambda: bear.init(KEY, data, D4RL).multiplier.params["log"])() == 0
 
 
-# --- Acting, seeds and chunks ---
+# --- Acting ---
 
 
 def test_acting_takes_the_sample_that_the_first_critic_likes_best(state, data):
@@ -322,25 +322,6 @@ def test_acting_takes_the_sample_that_the_first_critic_likes_best(state, data):
     q = q64(p.critic, obs, many)
     np.testing.assert_allclose(action, many[q[0].argmax(0), np.arange(B)], rtol=1e-4, atol=1e-5)
     assert np.any(q[0].argmax(0) != q.min(0).argmax(0))
-
-
-def test_chunks_and_seeds_change_no_number(data):
-    """Two chunks of 10 are one of 20, bit for bit; a seed of two is that seed alone."""
-    start = [INIT(key, data, CFG) for key in jax.random.split(KEY, 2)]
-    keys = jax.random.split(jax.random.key(1), 2)
-    whole, _ = CHUNK(start[0], data, keys[0], 20)
-    part = JIT(partial(bear.train_chunk, cfg=replace(CFG, log_every=10)))
-    state, _ = part(part(start[0], data, keys[0], 10)[0], data, keys[0], 20)
-    chex.assert_trees_all_equal(state.target, whole.target)
-
-    both = JIT(jax.vmap(partial(bear.train_chunk, cfg=CFG), (0, None, 0, None)))
-    many, _ = both(jax.tree.map(lambda *x: jnp.stack(x), *start), data, keys, 20)
-    mine, alone = (
-        (s.target, s.target_actor, s.vae.params, s.multiplier.params)
-        for s in (jax.tree.map(lambda x: x[0], many), whole)
-    )
-    chex.assert_trees_all_close(mine, alone, rtol=1e-5, atol=1e-5)
-    assert len(np.unique(many.multiplier.params["log"])) == 2
 
 
 # --- A world with a known answer ---

@@ -20,15 +20,6 @@ C = np.array([1.0, -0.5])
 NEVER, AT_ONCE = np.inf, -np.inf
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """The networks are so small that compiling them is all the time there is."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def world_step(obs, action):
     return obs @ A + action @ B, obs @ C
 
@@ -841,41 +832,6 @@ def test_the_policys_rate_ends_at_zero_the_others_do_not():
 
 
 # --- The whole ---
-
-
-@lru_cache
-def over_seeds(name, cfg, **kwargs):
-    axes = (0, None) if name == "init" else (0, None, 0, None)
-    return jax.jit(jax.vmap(partial(getattr(combo, name), cfg=cfg, **kwargs), axes))
-
-
-def trained(seeds, cfg, data):
-    """As main does it: init, the model, one chunk; the compiled parts twice."""
-    keys = jax.vmap(jax.random.key)(jnp.array(seeds))
-    fold = jax.vmap(jax.random.fold_in, (0, None))
-    init, chunk = over_seeds("init", cfg), over_seeds("train_chunk", cfg, terminal=combo.never)
-    dynamics, _ = fitted(seeds, cfg, data)
-
-    def run():
-        state = init(fold(keys, 0), data).replace(dynamics=dynamics)
-        return chunk(state, data, keys, cfg.log_every)
-
-    first, second = run(), run()
-    assert all(same(first, second))
-    return first
-
-
-def test_a_seed_among_others_is_that_seed_alone_and_a_rerun_is_bit_equal():
-    small = dict(widths=(8,), model_widths=(8,), model_decay=(1e-5, 1e-5), critic_lr=3e-4)
-    cfg, data = config(log_every=60, rollout_every=20, max_epochs=3, **small), world_data()
-    both, alone = trained([3, 4], cfg, data), trained([4], cfg, data)
-    for x, y in zip(jax.tree.leaves(both), jax.tree.leaves(alone), strict=True):
-        np.testing.assert_allclose(x[1], y[0], rtol=1e-5, atol=1e-5)
-    one, two = member(both[0], 0), member(both[0], 1)
-    for name in ("actor", "critic"):
-        assert not any(same(getattr(one, name).params, getattr(two, name).params)[-2:])
-    assert not any(same(one.dynamics.params, two.dynamics.params))
-    assert not any(same(one.buffer.rows[:4], two.buffer.rows[:4]))
 
 
 def test_the_penalty_lowers_the_values_of_the_models_states(world):

@@ -1,4 +1,4 @@
-"""CQL: losses and an update in float64, the penalty's gradient, seeds, a world known in full."""
+"""CQL: losses and an update in float64, the penalty's gradient, a world known in full."""
 
 import math
 from dataclasses import replace
@@ -490,33 +490,6 @@ def test_max_backup_takes_the_best_of_pessimistic_values(state, batch):
     rows = batch._replace(done=jnp.zeros(B), reward=jnp.zeros(B))
     target = cql.backup(state, rows, KEY, CONFIGS["max_backup"])
     np.testing.assert_allclose(target, CFG.gamma * q.min(0).max(0), rtol=1e-5)
-
-
-# --- Seeds ---
-
-
-def test_a_seed_of_many_is_that_seed_alone(data):
-    """100 updates of three seeds under vmap and of each alone; and a rerun, bit for bit."""
-    chunk = jax.jit(cql.train_chunk, static_argnums=4)
-    cfg = LAGRANGE
-    keys = jax.vmap(jax.random.key)(jnp.arange(3))
-    start = [INIT(key, data, CFG) for key in keys]
-    start = jax.tree.map(lambda *x: jnp.stack(x), *start)
-    many = jax.jit(jax.vmap(partial(cql.train_chunk, cfg=cfg), (0, None, 0, None)))(
-        start, data, keys, 100
-    )
-
-    def learned(state, metrics):
-        return [getattr(state, k).params for k in NETS], state.target, metrics
-
-    for i in range(3):
-        alone = learned(*chunk(INIT(keys[i], data, CFG), data, keys[i], 100, cfg))
-        mine = jax.tree.map(lambda x, i=i: x[i], learned(*many))
-        chex.assert_trees_all_close(mine, alone, rtol=1e-5, atol=1e-5)
-    again = learned(*chunk(INIT(keys[2], data, CFG), data, keys[2], 100, cfg))
-    chex.assert_trees_all_equal(again, alone)
-    bias = many[0].critic.params["params"]["MLP_0"]["Dense_2"]["bias"][:, 0, 0]
-    assert len(np.unique(bias)) == 3 and np.abs(bias).min() > 1e-3  # they learned, and differ
 
 
 # --- A world known in full ---

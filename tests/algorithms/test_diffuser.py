@@ -898,23 +898,7 @@ def test_acting_for_several_seeds(state, monkeypatch):
     assert np.abs(action[0] - action[1]).max() > 0.1
 
 
-# --- Seeds, and a small world ---
-
-
-def test_a_seed_of_many_is_that_seed_alone(state, data):
-    """50 updates of two seeds under vmap and of each alone; and a rerun, bit for bit."""
-    chunk = jax.jit(partial(diffuser.train_chunk, cfg=CFG))
-    seeds, keys = [small(state), small(state, 1)], jax.random.split(KEY)
-    alone = [chunk(seed, data, key, 50) for seed, key in zip(seeds, keys, strict=True)]
-    many = jax.jit(jax.vmap(partial(diffuser.train_chunk, cfg=CFG), (0, None, 0, None)))(
-        jax.tree.map(lambda *x: jnp.stack(x), *seeds), data, keys, 50
-    )
-    for i in range(2):
-        mine = jax.tree.map(lambda x, i=i: x[i], many)
-        chex.assert_trees_all_close(mine, alone[i], rtol=1e-4, atol=1e-5)
-    chex.assert_trees_all_equal(chunk(seeds[1], data, keys[1], 50)[0].ema, alone[1][0].ema)
-    assert alone[0][1]["model_loss"] != alone[1][1]["model_loss"]
-
+# --- A small world ---
 
 # A square without walls. The data walk straight, at one pace, from drawn places to others.
 WORLD = replace(

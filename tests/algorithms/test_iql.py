@@ -1,4 +1,4 @@
-"""IQL: losses and an update against float64, their structure, seeds, a world with known values."""
+"""IQL: losses and an update against float64, their structure, a world with known values."""
 
 from dataclasses import replace
 from functools import partial
@@ -265,34 +265,6 @@ def test_critics_start_apart_and_the_target_with_them(fresh):
     kernel = fresh.critic.params["params"]["MLP_0"]["Dense_0"]["kernel"]  # (2, 8, 5)
     assert not np.any(np.isclose(kernel[0], kernel[1]))
     chex.assert_trees_all_equal(fresh.target, fresh.critic.params)
-
-
-# --- Seeds ---
-
-
-def test_a_seed_of_many_is_that_seed_alone(data):
-    """100 updates of three seeds under vmap and of each alone; and a rerun, bit for bit."""
-    chunk = jax.jit(iql.train_chunk, static_argnums=4)
-    keys = jax.vmap(jax.random.key)(jnp.arange(3))
-    start = [INIT(key, data, CFG) for key in keys]
-    start = jax.tree.map(lambda *x: jnp.stack(x), *start)
-    many = jax.jit(jax.vmap(partial(iql.train_chunk, cfg=CFG), (0, None, 0, None)))(
-        start, data, keys, 100
-    )
-
-    def learned(state, metrics):
-        return state.actor.params, state.critic.params, state.value.params, state.target, metrics
-
-    for i in range(3):
-        alone = learned(*chunk(INIT(keys[i], data, CFG), data, keys[i], 100, CFG))
-        mine = jax.tree.map(lambda x, i=i: x[i], learned(*many))
-        chex.assert_trees_all_close(mine, alone, rtol=1e-5, atol=1e-5)
-    again = learned(*chunk(INIT(keys[2], data, CFG), data, keys[2], 100, CFG))
-    chex.assert_trees_all_equal(again, alone)
-    other = learned(*chunk(INIT(keys[2], data, CFG), data, keys[0], 100, CFG))
-    assert other[-1]["value_loss"] != alone[-1]["value_loss"]  # another key draws other rows
-    bias = many[0].value.params["params"]["MLP_0"]["Dense_2"]["bias"]
-    assert len(np.unique(bias)) == 3 and np.abs(bias).min() > 1e-3  # they learned, and differ
 
 
 # --- A world with known values ---

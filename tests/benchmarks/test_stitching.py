@@ -68,6 +68,7 @@ def test_imitation_cannot(who, data):
     assert who == "BC" or to_f > 0.9
 
 
+@pytest.mark.slow
 def test_a_transformer_asked_for_the_best_goes_where_the_best_episodes_from_there_went(
     data, monkeypatch
 ):
