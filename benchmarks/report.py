@@ -308,6 +308,7 @@ TABLES = {  # name in a page: what stands there
     "stitching": lambda stored: stitching_table(stored("stitching")["runs"]),
     "speed": lambda stored: speed_tables.own_table(stored.speed()[0]),
     "speed of seeds": lambda stored: speed_tables.seeds_table(stored.speed()[0]),
+    "speed of a million": lambda stored: speed_tables.million_table(stored("speed-seeds")),
     "profile": lambda stored: speed_tables.profile_table(stored("profile")),
     "changes": lambda stored: speed_tables.changes_table(stored("changes")),
     "speed of peers": lambda stored: speed_tables.peers_table(*stored.speed()),

@@ -170,8 +170,7 @@ def merge(runs):
     """Runs that differ in their seeds alone as one, with what the tables and figures need.
 
     Of two runs of one seed the later one counts. A seed that diverged is left out, and counted.
-    scores (S, E): of the last evaluation. curve: {updates: (S,) scores}. seconds: {updates: those
-    of training and evaluating until then, by the number of seeds}.
+    scores (S, E): of the last evaluation. curve: {updates: (S,) scores}.
     """
     groups = defaultdict(list)
     for run in runs:
@@ -188,18 +187,16 @@ def merge(runs):
             continue
         last = group[-1]
         returns = np.array([run["returns"][i] for run, i in found])
-        curve, seconds, evaluations = {}, {}, {}
+        curve, evaluations = {}, {}
         for t in last["curve"]:
             evaluations[t] = [run["evaluations"][t][i] for run, i in found]
             curve[int(t)] = score(last, np.array([run["curve"][t][i] for run, i in found]))
-            shares = [run["seconds"][t] / run["config"]["num_seeds"] for run, _ in found]
-            seconds[int(t)] = np.mean(shares)
         yield last | {
             "title": min(map(title, group), key=len),  # without defaults spelled out
             "updates": last["config"]["num_updates"],
             **{"returns": returns.tolist(), "scores": score(last, returns)},
             "evaluations": evaluations,
-            **{"curve": curve, "seconds": seconds, "diverged": len(seeds) - len(found)},
+            **{"curve": curve, "diverged": len(seeds) - len(found)},
         }
 
 

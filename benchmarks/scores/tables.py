@@ -157,7 +157,6 @@ def time_table(runs):
             steps, level = sorted(run["curve"]), score(run, run["data"]["mean_return"])
             t = statistics.time_to(level, steps, [run["curve"][step].mean() for step in steps])
             at_most = "<= " * (t == steps[0])
-            minutes = f" ({run['seconds'][t] / 60:.1f})" if t else ""
-            cells.append(f"{at_most}{t:,}{minutes}" if t else f"not in {run['updates']:,}")
+            cells.append(f"{at_most}{t:,}" if t else f"not in {run['updates']:,}")
         rows.append(cells)
-    return markdown(["updates (minutes)", *map(short, datasets)], rows) if best else ""
+    return markdown(["updates", *map(short, datasets)], rows) if best else ""

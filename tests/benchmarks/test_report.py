@@ -198,7 +198,7 @@ def test_a_runs_numbers_in_the_tables(folder):
     *_, row, _, _ = score_tables.long_table([run]).splitlines()
     assert row == "| hopper-medium-v2 | IQL | 4 | 2 x 2 † | 25.0 [15.0, 35.0] | 25.0 | 25 |"
     assert "| IQL | 25.0 ± 10.0 | 4 | 2 † |" in score_tables.headline([run]).splitlines()
-    assert score_tables.time_table([run]).endswith("| IQL | 4 (2.0) |\n")  # of each seed
+    assert score_tables.time_table([run]).endswith("| IQL | 4 |\n")
     one = run | {"scores": run["scores"][:1]}
     assert "| 1 x 2 † | 15.0 [10.0, 20.0]° | 15.0 |" in score_tables.long_table([one])
     text = score_tables.long_table([one])
@@ -252,7 +252,7 @@ def made(algorithm="awac", dataset="n", updates=5, seed=0, scores=((10.0,),), **
         **{"algorithm": algorithm, "dataset": dataset, "env_id": "Hopper-v5", "config": config},
         "command": f"python algorithms/{algorithm}.py --env {dataset} --num-updates {updates}",
         "data": data | {"ref_min": 0.0, "ref_max": 100.0},
-        **{"curve": {str(updates): means}, "seconds": {str(updates): 60.0}},
+        "curve": {str(updates): means},
         "returns": [list(x) for x in scores],
         "evaluations": {str(updates): [list(x) for x in scores]},
     } | change
@@ -268,7 +268,6 @@ def test_seeds_of_several_runs_are_merged():
     assert len(others) == 2
     np.testing.assert_array_equal(merged["scores"], [[10, 10], [20, 20], [30, 30]])
     np.testing.assert_array_equal(merged["curve"][5], [10, 20, 30])
-    assert merged["seconds"][5] == 30  # two seeds a run
     assert merged["title"] == "AWAC"
 
 
@@ -360,7 +359,7 @@ def test_what_has_not_settled_is_marked_in_the_long_table_alone():
     runs = [made("bc", "a"), made("iql", "a"), made("cql", "a")]
     runs[1]["config"] |= slow
     runs[2]["config"] |= slow | {"num_updates": 100_000}
-    for key in ("curve", "seconds", "evaluations"):
+    for key in ("curve", "evaluations"):
         runs[2][key] = {"100000": runs[2][key]["5"]}
     runs = list(score_runs.merge(runs))
     for write in report.SCORES:
@@ -485,7 +484,7 @@ def test_a_longer_run_stands_in_where_its_learning_rate_knows_no_end():
     """Its returns after 5 of 9 updates; not those of one whose rate decays with its length."""
     evaluations = {"5": [[1.0], [2.0]], "9": [[3.0], [4.0]]}
     long = made(updates=9, scores=[[3.0], [4.0]], evaluations=evaluations)
-    long["curve"], long["seconds"] = dict.fromkeys(["5", "9"], [0, 0]), {"5": 1.0, "9": 2.0}
+    long["curve"] = dict.fromkeys(["5", "9"], [0, 0])
     for decays in (False, True):
         long["config"]["lr_decay"] = decays
         runs = list(score_runs.merge([long]))

@@ -208,6 +208,7 @@ def test_the_cells_of_an_array_are_those_of_the_grid(tmp_path):
         scores.main(scores.tyro.cli(scores.Config, args=[*words, "4"]))
 
 
+@pytest.mark.slow
 def test_ray_runs_the_cells(grid, tmp_path):
     """A local Ray, in a process of its own for its warnings: a cell is done already, two fail."""
     pytest.importorskip("ray")

@@ -1,8 +1,11 @@
 """The FLOPs that benchmarks/speed divides by, beside XLA's own count of one update."""
 
 import io
+import json
 import tarfile
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,8 @@ from benchmarks.speed import __main__ as speed
 from benchmarks.speed import changes as speed_changes
 from benchmarks.speed import flops
 from benchmarks.speed import profile as speed_profile
+from benchmarks.speed import seeds as speed_seeds
+from benchmarks.speed import tables as speed_tables
 from common import datasets
 
 SIZES = 17, 6
@@ -120,3 +125,23 @@ def test_two_commits_are_timed_in_turns_by_their_own_scripts(monkeypatch):
     monkeypatch.setattr(speed, "apart", apart)
     assert speed_changes.compare("iql", "old", "new", 2, 2) == ([1, 3], [2, 4])
     assert seen == ["old", "new"] * 2
+
+
+def test_chunks_of_many_seeds_are_timed_after_the_first(monkeypatch, tmp_path):
+    """Chunks of 10 updates that take 3 ms by the clock: 300 us an update."""
+    now = iter([0.0, *(0.003 * np.arange(1, 9))])
+    clock = SimpleNamespace(perf_counter=lambda: next(now))
+    monkeypatch.setattr(speed_seeds, "time", clock)
+    monkeypatch.setattr(
+        speed_seeds, "settings", lambda *_: (module, replace(cfg, log_every=10, batch_size=4))
+    )
+    module, cfg = speed.settings("bc", dict(widths=(4,)))
+    out = tmp_path / "seeds.json"
+    speed_seeds.main(speed_seeds.Config(seeds=(2,), updates=40, out=str(out)))
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["seeds"], row["updates"]) == (2, 40)
+    np.testing.assert_allclose(row["us"], 300)
+    (line,) = speed_tables.million_table(
+        {"algorithm": "bc", "device": "here", "rows": [row]}
+    ).splitlines()[2:]
+    assert line == "| 2 seeds | 0.3 | 5 | 150 | 1.0 |"
