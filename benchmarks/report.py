@@ -54,7 +54,9 @@ def settling_table(rows):
     lines = []
     for row in rows:
         found = [settling.summary(row, step) for step in settling.POINTS]
-        scores = [f"{mean:.1f} [{low:.1f}, {high:.1f}]" for mean, (low, high), *_ in found]
+        scores = [
+            f"{round(mean, 1) + 0.0:.1f} [{low:.1f}, {high:.1f}]" for mean, (low, high), *_ in found
+        ]
         q = ["" if q is None else f"{q:.0f}{arrows[moving]}" for *_, q, moving in found]
         data = f"{short(row['dataset'])} ({row['data_score']:.1f})"
         seeds = len(row["scores"][str(settling.POINTS[0])])
