@@ -13,8 +13,8 @@ pushed down where the model went and up where the data are. The model's error is
     Model: an ensemble of N(mean(s, a), std(s, a)^2) for (s' - s, r), by maximum likelihood.
 
 Run: python algorithms/combo.py --env halfcheetah-medium-v2
-On a CPU: --num-updates 100000 --eval-every 5000 --widths 256 256 --max-epochs 100; an hour of two
-cores, 59.8 [45.7, 77.9] over five seeds on the bundled hopper data (mean 11.1, IQL 42.3)
+On a CPU: --num-updates 100000 --eval-every 5000 --widths 256 256 --max-epochs 100; 40 minutes
+of a core, 59.8 [45.7, 77.9] over five seeds on the bundled hopper data (mean 11.1, IQL 42.3)
 
 The sum over actions is CQL's, estimated for each critic with importance weights from `num_actions`
 uniform actions, as many of pi(. | s) and as many of pi(. | s'). Settings and updates are those of

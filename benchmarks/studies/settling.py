@@ -19,9 +19,9 @@ Of each it measures, for the first seed:
     cut            share of the model's steps that were not stored, since a coordinate was farther
                    out than the range is wide, or since their rollout had stopped before
 
-With the last policy it then compares models with the simulator: that of the checkpoint, and ones
-fitted anew for --epochs epochs. They start at states of the data and take the data's actions, which
-they were fitted to, or the policy's:
+With the last policy it then compares models with the simulator: that of the checkpoint and those
+of --models, other runs of combo.py on the same data. They start at states of the data and take the
+data's actions, which they were fitted to, or the policy's:
 
     holdout        squared error on the holdout, as `model epoch` lines show it
     errors         of the state after 1, 2, ... steps: root mean square of (model - simulator) /
@@ -35,7 +35,7 @@ import csv
 import json
 import math
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +65,7 @@ USUAL = {  # settings of COMBO that a name leaves out, and how it says others
 class Config:
     runs: tyro.conf.Positional[tuple[str, ...]]  # finished run folders
     checkpoints: tuple[str, ...] = ()  # copies of one run of combo.py, in the order of its updates
-    epochs: tuple[int, ...] = (25,)  # models to fit anew and compare with the last checkpoint's
+    models: tuple[str, ...] = ()  # run folders of combo.py with other models
     num_states: int = 200  # states of the data where the simulator starts
     steps: int = 5  # length of a comparison without looking at the simulator
     bias_steps: int = 200  # steps of the policy over which the reward's bias is averaged
@@ -187,10 +187,10 @@ def compare(step, track, std, length):
 
 
 def holdout_error(module, own, dynamics, data):
-    """The members' mean squared error on the rows that the fit of the run's first seed left out."""
+    """The elites' mean squared error on the rows that the fit of the run's first seed left out."""
     data = jax.tree.map(lambda x: x[module.known_rows(data)], data)
     key = jax.random.fold_in(jax.random.key(own.seed), jnp.uint32(2**31))  # as fit_dynamics
-    fit = module.init_fit(jax.random.fold_in(key, 0), data, own)
+    fit = jax.jit(partial(module.init_fit, cfg=own))(jax.random.fold_in(key, 0), data)
     inputs, targets = module.model_pairs(data, fit.holdout)
     x = (inputs - dynamics.mean) / dynamics.std
     mean, _ = jax.vmap(fit.model.apply_fn, (0, None))(dynamics.params, x)
@@ -220,25 +220,19 @@ def models(folder, cfg):
         "data": recorded(data, rows, cfg.steps),
         "policy": follow(envs, sampler(module, state), data.obs[rows], key, cfg.bias_steps),
     }
-    for name, track in tracks.items():  # every elite predicts every row
-        tracks[name] = [np.tile(x, (1, own.num_elites, 1)[: x.ndim]) for x in track]
-    batch, fitted = data.transitions(), {own.max_epochs: state.dynamics}
-    for epochs in cfg.epochs:
-        keys = jax.random.key(own.seed)[None]
-        fresh = module.fit_dynamics(keys, batch, replace(own, max_epochs=epochs), print)
-        fitted[epochs] = jax.tree.map(lambda x: x[0], fresh)
-    step = jax.jit(partial(module.model_step, cfg=own))
-    return [
-        {
-            "max_epochs": epochs,
-            "holdout": holdout_error(module, own, dynamics, batch),
-            **{
-                name: compare(partial(step, dynamics), track, data.obs.std(0), cfg.steps)
-                for name, track in tracks.items()
-            },
-        }
-        for epochs, dynamics in sorted(fitted.items())
-    ]
+    found = []
+    for other in (*cfg.models, folder):
+        _, its, state = evaluation.load(other)
+        dynamics = jax.tree.map(lambda x: x[0], state.dynamics)
+        step = jax.jit(partial(module.model_step, dynamics, cfg=its))
+        row = {**origin(other), "max_epochs": its.max_epochs}
+        row["holdout"] = holdout_error(module, its, dynamics, data.transitions())
+        unit = np.asarray(dynamics.std)[: data.obs.shape[1]]
+        for name, track in tracks.items():  # every elite predicts every row
+            tiled = [np.tile(x, (1, its.num_elites, 1)[: x.ndim]) for x in track]
+            row[name] = compare(step, tiled, unit, cfg.steps)
+        found.append(row)
+    return found
 
 
 def buffer_shares(buffer, data, step, own):
@@ -330,7 +324,8 @@ def main(cfg: Config):
     if cfg.checkpoints:
         found["checkpoints"] = [checkpoint(folder, cfg) for folder in cfg.checkpoints]
         found["models"] = models(cfg.checkpoints[-1], cfg)
-    settings = {k: v for k, v in vars(cfg).items() if k not in ("runs", "checkpoints", "results")}
+    folders = "runs", "checkpoints", "models", "results"
+    settings = {k: v for k, v in vars(cfg).items() if k not in folders}
     record = experiment.machine() | {"config": settings}
     results = Path(cfg.results)
     results.mkdir(parents=True, exist_ok=True)

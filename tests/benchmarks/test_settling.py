@@ -6,9 +6,11 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import combo
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from benchmarks import report
 from benchmarks.studies import settling
@@ -122,6 +124,15 @@ def test_a_track_ends_with_its_episode():
 def test_starts_leave_room_in_their_episode():
     data = SimpleNamespace(start=np.array([0, 4, 6]), length=np.array([4, 2, 5]))
     np.testing.assert_array_equal(settling.inside(data, 3), [0, 6, 7])
+
+
+def test_the_holdout_error_is_that_of_the_log(tmp_path):
+    data, cfg, lines = tiny.dataset(tmp_path / "data.hdf5"), tiny.config("combo"), []
+    keys = jax.random.key(cfg.seed)[None]
+    elites = combo.fit_dynamics(keys, data.transitions(), cfg, lines.append)
+    elites = jax.tree.map(lambda x: x[0], elites)
+    error = settling.holdout_error(combo, cfg, elites, data.transitions())
+    assert lines[-1].endswith(f"best of the elites {error:.4f}")
 
 
 def test_the_shares_of_a_buffer():
