@@ -46,9 +46,11 @@ def value_table(rows):
     return markdown(names, lines)
 
 
+ARROWS = {"rises": " ↑", "falls": " ↓", "": ""}  # a Q that still moves
+
+
 def settling_table(rows):
     """Scores and Q of studies/settling.py; an arrow marks a Q that still moves."""
-    arrows = {"rises": " ↑", "falls": " ↓", "": ""}
     names = ["dataset (data's mean)", "run", "seeds"]
     names += [f"{what} at {step:,}" for what in ("score", "Q") for step in settling.POINTS]
     lines = []
@@ -57,7 +59,7 @@ def settling_table(rows):
         scores = [
             f"{round(mean, 1) + 0.0:.1f} [{low:.1f}, {high:.1f}]" for mean, (low, high), *_ in found
         ]
-        q = ["" if q is None else f"{q:.0f}{arrows[moving]}" for *_, q, moving in found]
+        q = ["" if q is None else f"{q:.0f}{ARROWS[moving]}" for *_, q, moving in found]
         data = f"{short(row['dataset'])} ({row['data_score']:.1f})"
         seeds = len(row["scores"][str(settling.POINTS[0])])
         lines.append([data, row["run"], seeds, *scores, *q])
@@ -85,7 +87,8 @@ def checkpoint_table(rows):
     lines = [
         [
             f"{row['step']:,}",
-            *(f"{row[k]:.1f}" for k in ("q_pi", "true_pi")),
+            f"{row['q_pi']:.1f}{ARROWS[row['moving']]}",
+            f"{row['true_pi']:.1f}",
             *(f"{row[k]:.1%}" for k in ("outside", "cut")),
         ]
         for row in rows

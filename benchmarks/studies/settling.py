@@ -84,13 +84,19 @@ def label(run):
     return ", ".join(words)
 
 
-def curve(folder):
-    """The scores and the Q of a finished run at its evaluations, as plain data."""
-    run, q = collect(Path(folder)), defaultdict(list)
+def q_pi(folder):
+    """{updates as str: q_pi of each seed} in a run's metrics.csv; {} for methods without it."""
+    q = defaultdict(list)
     with open(Path(folder) / "metrics.csv", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row["step"] in run["curve"] and "q_pi" in row:
+            if "q_pi" in row:
                 q[row["step"]].append(round(float(row["q_pi"]), 1))
+    return dict(q)
+
+
+def curve(folder):
+    """The scores and the Q of a finished run at its evaluations, as plain data."""
+    run, q = collect(Path(folder)), q_pi(folder)
     level = behaviour(run)["data's mean"]
     return {
         "run": label(run),
@@ -100,7 +106,7 @@ def curve(folder):
         "scores": {
             step: np.round(score(run, np.array(x)), 2).tolist() for step, x in run["curve"].items()
         },
-        "q": dict(q),
+        "q": {step: q[step] for step in run["curve"] if step in q},
     }
 
 
@@ -259,6 +265,7 @@ def checkpoint(folder, cfg):
     return {
         **origin(folder),
         "step": step,
+        "moving": direction(q_pi(folder), step),
         **{name: found[name] for name in names},
         **buffer_shares(buffer, datasets.load(own.env, own.env_id).transitions(), step, own),
     }
