@@ -21,6 +21,7 @@ MAGIC = b"\x89HDF\r\n\x1a\n"  # first bytes of an HDF5 file
 MEMORY = 16 * 2**30  # bytes that the arrays of one file may take
 COPIES = 4  # of these arrays exist while episodes are made
 DEFLATE = 1100  # the best compression ratio of gzip, about
+REMEDY = "Encode them as columns (N, D) and call datasets.from_arrays"
 
 
 class DatasetError(experiment.UserError):
@@ -34,11 +35,8 @@ class CheckedFile:
         self.path, self.left = path, min(MEMORY, runtime.free_memory() // COPIES)
         self.notes, self.ordered = [], True
         try:
-            with open(path, "rb") as file:
-                head = file.read(8)
-            if head != MAGIC:
-                raise DatasetError(f"{path}: {what_else(path, head)}")
             self.bytes = path.stat().st_size
+            check_magic(path, self.bytes)
             self.file = h5py.File(path, "r", locking=False)
         except Exception as error:  # h5py raises many kinds for a damaged file, here and below
             raise DatasetError(f"{path}: cannot be opened: {error}") from None
@@ -199,21 +197,22 @@ class CheckedFile:
             raise DatasetError(f"{self.path}: numbers of rows differ: {rows}")
 
 
-def what_else(path, head):
-    """The message for a file that does not begin with MAGIC; head: its first bytes."""
-    for start in (512, 1024, 2048, 4096, 8192):
-        with open(path, "rb") as file:
+def check_magic(path, size):
+    """Raises ValueError unless a file of `size` bytes has MAGIC, if need be after a user block."""
+    with open(path, "rb") as file:
+        for start in (0, *(2**k for k in range(9, size.bit_length()))):
             file.seek(start)
             if file.read(8) == MAGIC:
-                how = "`h5unjam -i OLD -u BLOCK -o NEW.hdf5` removes it"
-                return f"an HDF5 file behind a user block of {start} bytes: {how}"
-    return f"not an HDF5 file (it begins with {head!r})"
+                return
+        file.seek(0)
+        raise ValueError(f"not an HDF5 file (it begins with {file.read(8)!r})")
 
 
 def wrong_shape(shape, dtype, ndim):
     """The message for an array that does not have `ndim` axes."""
     if ndim == 2 and shape is not None and len(shape) == 1 and dtype.kind in "iub":
-        return f"has shape {shape} and whole numbers: discrete actions or states are not read"
+        why = "discrete actions or states, but the algorithms here take vectors"
+        return f"has shape {shape} and whole numbers: {why}. {REMEDY}, one column a value"
     if ndim == 2 and shape is not None and len(shape) > 2:
-        return f"has shape {shape}: images are not read, only vectors (N, D)"
+        return f"has shape {shape}: images, but the algorithms here take vectors. {REMEDY}"
     return f"has shape {shape}, needs {ndim} axes"
