@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import h5py
@@ -118,7 +119,7 @@ class CheckedFile:
     def array(self, field, ndim):
         """The numbers at `field` as float32, all finite."""
         raw = self.stored(field, ndim)
-        with np.errstate(over="ignore"):  # a number too large for float32 becomes inf
+        with np.errstate(over="ignore", invalid="ignore"):  # too large for float32 becomes inf
             values = raw.astype(np.float32, copy=False)
         finite = np.isfinite(values)
         if not finite.all():
@@ -142,12 +143,12 @@ class CheckedFile:
         dict gives its vectors in the order of their names.
         """
         group = self.item(field)
-        if isinstance(group, h5py.Group) and "achieved_goal" not in group:
+        if isinstance(group, Mapping) and "achieved_goal" not in group:
             parts = [self.array(f"{field}/{name}", 2) for name in sorted(group)]
             if not parts or len(set(map(len, parts))) > 1:
                 raise self.refusal(field, "its parts differ in length, or there are none")
             values = np.concatenate(parts, 1)
-        elif isinstance(group, h5py.Group):
+        elif isinstance(group, Mapping):
             names = ("achieved_goal", "observation", "desired_goal")
             place, seen, goal = (self.array(f"{field}/{name}", 2) for name in names)
             if len({len(place), len(seen), len(goal)}) > 1:

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 
 from common import evaluation
-from common.datasets import cache, checked, memory, readers, recorded, sources
+from common.datasets import arrow, cache, checked, memory, readers, recorded, sources
 from common.datasets.checked import DatasetError
 from common.datasets.d4rl import REFERENCE, Source
 from common.datasets.dataset import Dataset
@@ -22,13 +22,14 @@ def load(name: str, env_id: str = "") -> Dataset:
     source, origin = sources.find(name, env_id)
     metadata = {}
     if source.layout == "Minari":
-        metadata = readers.read_metadata(source.path.with_name("metadata.json"))
+        metadata = readers.read_metadata(source.metadata)
     env, *told = recorded.environment(source, metadata)
     place = cache.place(source, env)
     kept = cache.read(place)
     if kept is None:
         try:
-            kept = read(checked.CheckedFile(source.path), source, env)
+            kind = arrow.ArrowFolder if source.path.is_dir() else checked.CheckedFile
+            kept = read(kind(source.path), source, env)
         except MemoryError:
             free = f"this machine has {runtime.free_memory():,} bytes of memory left"
             raise DatasetError(f"{source.path}: does not fit: {free}") from None

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import gymnasium
 import h5py
@@ -87,15 +88,54 @@ def test_a_minari_datasets_path_will_do(home):
         assert datasets.load(str(path)).provenance["layout"] == "Minari"
 
 
-def test_other_kinds_of_minari_datasets_are_named(home):
+def test_other_kinds_of_minari_datasets_are_named(home, monkeypatch):
     data = minari(home, metadata="")
     for name in ("own/data-v0", data, data / "main_data.hdf5"):
         assert "before version 0.5" in refusal(name)
     (data / "main_data.hdf5").unlink()
     (data / "metadata.json").write_text("{}")
+    assert "without main_data.hdf5, .arrow or .parquet files" in refusal(data)
     (data / "part-0.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name in ("own/data-v0", data):
-        assert "arrow format" in refusal(name) and "from_arrays" in refusal(name)
+        assert "pip install pyarrow" in refusal(name)
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_arrow_holds_the_same_numbers(home, suffix, capsys):
+    """As Minari writes it: a folder for each episode, a row of zeros after all but observations."""
+    pyarrow = pytest.importorskip("pyarrow", reason="an optional package")
+    from pyarrow import dataset
+
+    def column(x):
+        flat = pyarrow.array(x.reshape(-1))
+        return pyarrow.FixedSizeListArray.from_arrays(flat, x.shape[1]) if x.ndim > 1 else flat
+
+    data, rng, n = home / "own/data-v0/data", np.random.default_rng(0), 4
+    for i in (0, 1, 10):
+        parts = {name: column(rng.normal(size=(n + 1, d))) for name, d in (("vel", 1), ("pos", 2))}
+        rows = {
+            "observations": pyarrow.StructArray.from_arrays(parts.values(), list(parts)),
+            "actions": column(np.r_[np.full((n, 1), i / 10), [[9.0]]]),
+            "rewards": column(np.r_[np.arange(n) + 10.0 * i, 0]),
+            "terminations": column(np.arange(n + 1) == n - 1),
+            "truncations": column(np.zeros(n + 1, bool)),
+        }
+        table = pyarrow.table(rows)
+        dataset.write_dataset(table, data / str(i), format=suffix)
+    (data / "metadata.json").write_text('{"total_episodes": 4}')
+    (data / "10/link.arrow").symlink_to(data / "0/part-0.arrow")
+    kept = [datasets.load("own/data-v0"), datasets.load(str(data.parent))]
+    for found in kept:
+        assert found.reward.tolist() == [0, 1, 2, 3, 10, 11, 12, 13, 100, 101, 102, 103]
+        assert found.length.tolist() == [4, 4, 4] and found.done.sum() == 3
+        assert found.action[::4, 0].tolist() == [0, np.float32(0.1), 1]
+        last = [x.flatten().to_numpy().reshape(n + 1, -1) for x in (parts["pos"], parts["vel"])]
+        np.testing.assert_array_equal(found.obs[8:], np.float32(np.concatenate(last, 1))[:-1])
+        np.testing.assert_array_equal(found.next_obs[8:], np.float32(np.concatenate(last, 1))[1:])
+    assert "tells of 4 episodes, 3 are there" in capsys.readouterr().err
+    (data / f"1/part-0.{suffix}").write_bytes(b"PAR1 nothing")
+    assert "1: cannot be read" in refusal()
 
 
 @pytest.mark.parametrize(
