@@ -143,20 +143,17 @@ class CheckedFile:
         dict gives its vectors in the order of their names.
         """
         group = self.item(field)
-        if isinstance(group, Mapping) and "achieved_goal" not in group:
-            parts = [self.array(f"{field}/{name}", 2) for name in sorted(group)]
-            if not parts or len(set(map(len, parts))) > 1:
-                raise self.refusal(field, "its parts differ in length, or there are none")
-            values = np.concatenate(parts, 1)
-        elif isinstance(group, Mapping):
-            names = ("achieved_goal", "observation", "desired_goal")
-            place, seen, goal = (self.array(f"{field}/{name}", 2) for name in names)
-            if len({len(place), len(seen), len(goal)}) > 1:
-                raise self.refusal(field, f"{', '.join(names)} differ in length")
-            located = np.array_equal(seen[:, : place.shape[1]], place)
-            values = np.concatenate([seen, goal] if located else [place, seen, goal], 1)
-        else:
+        try:
+            names = sorted(group) if isinstance(group, Mapping) else None
+        except Exception as error:
+            raise self.refusal(field, f"cannot be listed: {error}") from None
+        if names is None:
             values = self.array(field, 2)
+        else:
+            parts = {name: self.array(f"{field}/{name}", 2) for name in names}
+            if len(set(map(len, parts.values()))) != 1:
+                raise self.refusal(field, "its parts differ in length, or there are none")
+            values = join_parts(parts)
         if (values.shape[1], env.obs_dim) == (111, 27) and not values[:, 27:].any():
             values = values[:, :27]  # D4RL's Ant has contact forces, all zero; v4 has none
         if env.obs_dim and values.shape[1] != env.obs_dim:
@@ -196,6 +193,15 @@ class CheckedFile:
         if len(set(sizes.values())) > 1:
             rows = ", ".join(f"{field} {size:,}" for field, size in sizes.items())
             raise DatasetError(f"{self.path}: numbers of rows differ: {rows}")
+
+
+def join_parts(parts):
+    """One array (N, D) of a dict of observations. parts: {name: (N, d)} in the order of names."""
+    if parts.keys() == {"achieved_goal", "observation", "desired_goal"}:
+        place, goal, seen = parts.values()
+        located = np.array_equal(seen[:, : place.shape[1]], place)
+        return np.concatenate([seen, goal] if located else [place, seen, goal], 1)
+    return np.concatenate(list(parts.values()), 1)
 
 
 def check_magic(path, size):
