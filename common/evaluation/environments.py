@@ -37,6 +37,7 @@ class Env(NamedTuple):
     high: np.ndarray = np.float32([1])  # upper bounds
     limit: int = 0  # time limit of an episode in steps; 0: unknown
     clip: bool = False  # data may hold actions beyond the bounds, which the environment clips
+    is_drawn: bool = False  # whether it can render frames
 
 
 def make(env_id, **kwargs):
@@ -82,7 +83,8 @@ def inspect(env_id) -> Env:
     except Exception as error:  # an environment may raise anything
         raise EvaluationError(f"{env_id} cannot be used: {one_line(error)}") from None
     limit, action = env.spec.max_episode_steps, raw.action_space
-    return Env(env_id, size[0], action.low, action.high, limit)
+    is_drawn = "rgb_array" in (env.metadata or {}).get("render_modes", ())
+    return Env(env_id, size[0], action.low, action.high, limit, is_drawn=is_drawn)
 
 
 def one_line(error):

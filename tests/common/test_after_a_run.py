@@ -74,6 +74,28 @@ def test_moved_data_are_known_by_their_hash(cfg, monkeypatch):
         toy.main(toy.Config(resume=str(other.folder), env="elsewhere.hdf5"))
 
 
+def test_a_repeated_env_is_several_datasets(cfg, monkeypatch, capsys):
+    """Tuned values apply if the key is in each name; a resumed run may name its data again."""
+    own, loaded = toy.dataset, []
+
+    def pool(name):
+        loaded.append(name)
+        return dataclasses.replace(own(name), name=name)
+
+    monkeypatch.setattr(toy, "dataset", pool)
+    words = ["toy.py", "--env", "hopper-medium-v2", "--env=hopper-expert-v2"]
+    monkeypatch.setattr(sys, "argv", words)
+    run = toy.main(dataclasses.replace(cfg, env="hopper-expert-v2"), stop=10)
+    assert loaded == ["hopper-medium-v2,hopper-expert-v2"]
+    assert run.cfg.env == loaded[0] and run.folder.parent.name == loaded[0].replace(",", "-")
+    assert toy.main(toy.Config(resume=str(run.folder), env="hopper-expert-v2")).step == 50
+    tuned = {"default": {"tau": 0.1}, "medium": {"tau": 0.2}, "hopper": {"tau": 0.3}}
+    assert config.resolve(dataclasses.replace(cfg, tau=None), tuned).tau == 0.3
+    tuned["expert"] = {"tau": 0.4}
+    monkeypatch.setattr(sys, "argv", words[:1])
+    assert config.resolve(dataclasses.replace(cfg, tau=None, env=words[2]), tuned).tau == 0.3
+
+
 # --- One's own environment ---
 
 CAR = """
@@ -134,6 +156,20 @@ def test_an_own_module_registers_environments(car, name):
     act = lambda carry, obs, reward, key: (np.full((1, 2, 1), 0.5), carry)  # noqa: E731
     returns = evaluation.evaluate(act, "Car-v0", 1, 2)
     np.testing.assert_allclose(returns, [[7.5, 7.5]])  # five steps of half of 3
+
+
+def test_a_video_is_only_offered_where_it_can_be_drawn(car, cfg, capsys):
+    from algorithms import bc
+
+    runtime.import_own(car)
+    assert not evaluation.inspect("Car-v0").is_drawn and evaluation.inspect("Hopper-v5").is_drawn
+    small = dict(num_updates=20, eval_every=20, eval_episodes=1, batch_size=8, widths=(8,))
+    bc.train(bc.Config(**small, out=cfg.out), datasets.from_arrays(**arrays(), env_id="Car-v0"))
+    (run,) = Path(cfg.out).glob("bc/*/*")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Score: python -m common.evaluation") and "--video" not in last
+    with pytest.raises(evaluation.EvaluationError, match="Car-v0 cannot be drawn: .*render_mode"):
+        command.main(run, video=run / "new/a.gif")
 
 
 def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch):
