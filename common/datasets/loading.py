@@ -105,7 +105,8 @@ def join(parts: list[Dataset]) -> Dataset:
         "verified": False if False in known else None if None in known else True,
         "notes": [f"{x.name}: {note}" for x in parts for note in x.provenance["notes"]],
         "timeouts": sum(its["timeouts"] for its in about),
-        "metadata": {name: its["metadata"] for name, its in zip(names, about, strict=True)},
+        "metadata": {},
+        "parts": [{"name": part.name, **part.provenance} for part in parts],
     }
     if not first.env_id:
         facts["notes"].append("no environment is known: nothing shows that the data share one")

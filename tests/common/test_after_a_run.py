@@ -170,6 +170,8 @@ def test_a_video_is_only_offered_where_it_can_be_drawn(car, cfg, capsys):
     assert last.startswith("Score: python -m common.evaluation") and "--video" not in last
     with pytest.raises(evaluation.EvaluationError, match="Car-v0 cannot be drawn: .*render_mode"):
         command.main(run, video=run / "new/a.gif")
+    with pytest.raises(experiment.UserError, match="--export .* cannot be written: File exi"):
+        command.main(run, export=run / "config.json/a.npz")
 
 
 def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from common import datasets, evaluation
+from common import datasets, evaluation, experiment
 from common.datasets import __main__ as command
 from common.datasets import hdf5
 
@@ -234,3 +234,11 @@ def test_a_picture_goes_into_a_new_folder(tmp_path, monkeypatch):
     path = tmp_path / "new/folder/a.png"
     command.main(str(bare(tmp_path / "a.hdf5")), plot=path)
     assert path.read_text() == "drawn"
+
+
+def test_a_picture_that_cannot_be_written(tmp_path):
+    name = str(bare(tmp_path / "a.hdf5"))
+    with pytest.raises(datasets.DatasetError, match=r"--plot .*xyz: the name must end in .*\.png"):
+        command.main(name, plot=tmp_path / "a.xyz")
+    with pytest.raises(experiment.UserError, match=r"--plot .*png cannot be written: File exi"):
+        command.main(name, plot=tmp_path / "a.hdf5/a.png")
