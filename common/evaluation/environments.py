@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 import os
+import traceback
 import warnings
 from typing import NamedTuple
 
@@ -88,8 +89,11 @@ def inspect(env_id) -> Env:
 
 
 def one_line(error):
-    """The first line of an exception's message, or its name."""
-    return str(error).splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first line of an exception's message; without one, its name and where it was raised."""
+    if lines := str(error).strip().splitlines():
+        return lines[0]
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {place.filename}, line {place.lineno}: {place.line}"
 
 
 def named(name, options):

@@ -116,6 +116,10 @@ class Broken(Car):
     def step(self, a):
         raise ValueError("no robot is connected")
 
+class Sure(Car):
+    def reset(self, seed=None, options=None):
+        assert options
+
 class Wrong(Car):
     def step(self, a):
         return [0.0, 0.0, 0.0], 0.0, False, False, {}
@@ -124,6 +128,7 @@ gymnasium.register("Car-v0", Car, max_episode_steps=5)
 gymnasium.register("Endless-v0", Car)
 gymnasium.register("Broken-v0", Broken, max_episode_steps=5)
 gymnasium.register("Wrong-v0", Wrong, max_episode_steps=5)
+gymnasium.register("Sure-v0", Sure, max_episode_steps=5)
 """
 
 
@@ -135,7 +140,7 @@ def car(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield "own_car"
     sys.modules.pop("own_car", None)
-    for name in ("Car-v0", "Endless-v0", "Broken-v0", "Wrong-v0"):
+    for name in ("Car-v0", "Endless-v0", "Broken-v0", "Wrong-v0", "Sure-v0"):
         gymnasium.registry.pop(name, None)
 
 
@@ -189,6 +194,7 @@ def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch):
     [
         ("Endless-v0", r"needs a time limit: --env-id 'Endless-v0 {\"max_episode_steps\": 1000}'"),
         ("Broken-v0", "Broken-v0 cannot be used: no robot is connected"),
+        ("Sure-v0", r"AssertionError in .*own_car.py, line \d+: assert options"),
         ("Wrong-v0", r"Wrong-v0 cannot be used: observes .*not finite numbers of shape \(2,\)"),
     ],
 )
@@ -209,6 +215,7 @@ def test_resuming_runs_no_module_that_was_not_typed(cfg, car):
     run = toy.main(dataclasses.replace(cfg, env_module=car), stop=10)
     del sys.modules[car], gymnasium.registry["Car-v0"], gymnasium.registry["Broken-v0"]
     del gymnasium.registry["Endless-v0"], gymnasium.registry["Wrong-v0"]
+    del gymnasium.registry["Sure-v0"]
     with pytest.raises(experiment.RunError, match="own_car.*give it again"):
         toy.main(toy.Config(resume=str(run.folder)))
     assert car not in sys.modules
