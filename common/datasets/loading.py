@@ -1,8 +1,8 @@
 """From a dataset's name to a Dataset: find the file, read it, cut it into episodes, cache it."""
 
 import hashlib
+import os
 import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +22,7 @@ def load(name: str | list[str], env_id: str = "") -> Dataset:
     'Hopper-v5 {"max_episode_steps": 200}'; other datasets have their own. Notes about the data go
     to stderr. Raises DatasetError if the dataset cannot be found or read.
     """
-    if isinstance(name, str) and "," in name and not Path(name).expanduser().exists():
+    if isinstance(name, str) and "," in name and not os.path.exists(os.path.expanduser(name)):
         name = name.split(",")
     if not isinstance(name, str):
         return join([load(one.strip(), env_id) for one in name])
