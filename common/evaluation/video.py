@@ -45,6 +45,7 @@ def film(policy, env_id, path, episodes=1, seed=0):
     rate = env.metadata.get("render_fps", 30)
     skip, steps = max(1, round(rate / 30)), itertools.count()
     fps = rate / skip
+    path.parent.mkdir(parents=True, exist_ok=True)
     options = {"fps": fps} if path.suffix == ".mp4" else {"duration": 1000 / fps, "loop": 0}
     with warnings.catch_warnings(), env, imageio.get_writer(path, **options) as video:
         warnings.filterwarnings("ignore", r"os.fork\(\) was called", RuntimeWarning)  # by ffmpeg
