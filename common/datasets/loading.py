@@ -77,24 +77,16 @@ def join(parts: list[Dataset]) -> Dataset:
         return parts[0]
     names, about = [part.name for part in parts], [part.provenance for part in parts]
     first, joined = parts[0], ",".join(names)
-    for part, its in zip(parts, about, strict=True):
-        for what, ours, theirs in (
-            ("environments", first.env_id or "none", part.env_id or "none"),
-            ("observations", first.obs.shape[1], part.obs.shape[1]),
-            ("actions", first.action.shape[1], part.action.shape[1]),
-            ("references", (first.ref_min, first.ref_max), (part.ref_min, part.ref_max)),
-            ("lower bounds of actions", about[0]["action_low"], its["action_low"]),
-            ("upper bounds of actions", about[0]["action_high"], its["action_high"]),
-        ):
-            if ours != theirs:
+    for part in parts:
+        for what, ours in _kind(first).items():
+            if ours != (theirs := _kind(part)[what]):
                 told = f"{ours} of {first.name} and {theirs} of {part.name}"
                 raise DatasetError(f"datasets cannot be joined: their {what} differ, {told}.")
     sums = [its["sha256"] for its in about]
     if twice := [name for i, name in enumerate(names) if sums[i] in sums[:i]]:
         raise DatasetError(f"{twice[0]}: is joined twice; its rows would count twice.")
     arrays = {name: np.concatenate([getattr(x, name) for x in parts]) for name in cache.ARRAYS}
-    lengths = [len(part.obs) for part in parts]
-    first_rows = np.cumsum([0, *lengths[:-1]])
+    first_rows = np.cumsum([0, *(len(part.obs) for part in parts[:-1])])
     arrays["start"] += np.repeat(first_rows, [len(part.start) for part in parts])
     known = {its["verified"] for its in about}
     facts = {key: ", ".join(dict.fromkeys(its[key] for its in about))
@@ -113,6 +105,19 @@ def join(parts: list[Dataset]) -> Dataset:
         print(printable(f"{joined}: {facts['notes'][-1]}"), file=sys.stderr)
     refs = first.ref_min, first.ref_max
     return Dataset(joined, first.env_id, *arrays.values(), *refs, about[0] | facts)
+
+
+def _kind(data):
+    """{what joined datasets share, in words: its value}."""
+    shape, about = data.action.shape[1:], data.provenance
+    bounds = [np.broadcast_to(about[f"action_{end}"], shape).tolist() for end in ("low", "high")]
+    return {
+        "environments": data.env_id or "none",
+        "observations": data.obs.shape[1],
+        "actions": shape[0],
+        "references": (data.ref_min, data.ref_max),
+        "action bounds": bounds,
+    }
 
 
 def _dataset(name, arrays, facts, source, origin, metadata, env, bounds, notes):

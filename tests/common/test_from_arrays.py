@@ -1,5 +1,7 @@
 """datasets.from_arrays: as a file of the same arrays, through the same checks; several joined."""
 
+import dataclasses
+
 import h5py
 import numpy as np
 import pytest
@@ -145,6 +147,10 @@ def test_what_cannot_be_joined_is_told(tmp_path, capsys):
     wide = datasets.from_arrays(**dict(other, action=np.zeros((12, 2))), name="wide")
     with pytest.raises(datasets.DatasetError, match="actions differ, 1 of bare and 2 of wide"):
         datasets.join([bare, wide])
+    about = bare.provenance | {"action_high": [2.0]}
+    torque = dataclasses.replace(bare, name="torque", provenance=about)
+    with pytest.raises(datasets.DatasetError, match=r"action bounds differ, .* of torque"):
+        datasets.join([bare, torque])
     with pytest.raises(datasets.DatasetError, match="bare: is joined twice"):
         datasets.join([bare, bare])
     two = datasets.from_arrays(**other, name="two")
