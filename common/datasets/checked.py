@@ -86,6 +86,20 @@ class CheckedFile:
             raise self.refusal(field, f"cannot be read: {error}") from None
         return here
 
+    def is_column(self, field, item, ndim):
+        """Whether `item` is a column (N, 1) of numbers where (N,) is asked for.
+
+        Refuses what is not an array of numbers with `ndim` axes.
+        """
+        kind, shape = item.dtype, item.shape
+        if kind.kind not in "fiub":
+            raise self.refusal(field, f"holds {kind} values, not numbers")
+        if ndim == 1 and shape is not None and len(shape) == 2 and shape[1] == 1:
+            return True
+        if shape is None or len(shape) != ndim or 0 in shape[1:]:
+            raise self.refusal(field, wrong_shape(shape, kind, ndim))
+        return False
+
     def stored(self, field, ndim):
         """Numbers at `field`, of their own dtype, `ndim` axes; only the first may have length 0."""
         item = self.item(field)
@@ -94,12 +108,7 @@ class CheckedFile:
         try:
             if item.is_virtual or item.external:
                 raise self.refusal(field, "its data are in other files, which are not opened")
-            if item.dtype.kind not in "fiub":
-                raise self.refusal(field, f"holds {item.dtype} values, not numbers")
-            shape = item.shape
-            is_column = ndim == 1 and shape is not None and len(shape) == 2 and shape[1] == 1
-            if not is_column and (shape is None or len(shape) != ndim or 0 in shape[1:]):
-                raise self.refusal(field, wrong_shape(shape, item.dtype, ndim))
+            is_column = self.is_column(field, item, ndim)
             size = math.prod(item.shape)
             need = item.dtype.itemsize * max(size, math.prod(item.chunks or (1,)))
             if need > DEFLATE * self.bytes + 2**16 or need > self.left:
