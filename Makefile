@@ -8,7 +8,7 @@ CUDA ?=
 ALGORITHM ?= iql
 RUN_awac := --num-updates 100000 --eval-every 5000
 RUN_bc := --num-updates 50000 --eval-every 5000
-RUN_combo := --num-updates 60000 --eval-every 5000 --widths 256 256 --max-epochs 100
+RUN_combo := --num-updates 100000 --eval-every 5000 --widths 256 256 --max-epochs 100
 RUN_cql := --num-updates 100000 --eval-every 5000 --num-actions 1
 RUN_diffuser := --num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4 --plan-every 2 \
 	--ddim-steps 5 --samples 16
@@ -34,7 +34,7 @@ $(BIN)/.installed: requirements.txt
 	$(if $(CUDA),$(BIN)/python -m pip install --quiet "jax[cuda$(CUDA)]==$$(sed -n 's/^jax==//p' requirements.txt)")
 	touch $@
 
-run: install  ## Train IQL on bundled data, five minutes on two cores; ALGORITHM=combo takes an hour.
+run: install  ## Train IQL on bundled data, five minutes on two cores; ALGORITHM=combo takes 40.
 	$(BIN)/python algorithms/$(ALGORITHM).py $(RUN)
 
 test: install  ## Run the fast tests.

@@ -190,7 +190,7 @@ def label(state, data, cfg):
     return returns, jnp.exp(advantage / cfg.temperature).clip(max=cfg.max_weight)
 
 
-# A loss differentiates its first argument; everything else is a constant to it.
+# A loss is differentiated by its first argument; everything in `state` is a constant.
 
 
 def value_loss(v_params, state, obs, returns, cfg):

@@ -1,8 +1,7 @@
 """Conservative Offline Model-Based Policy Optimization (COMBO). Yu et al. 2021, arXiv:2102.08363.
 
-Learn a model of the environment, roll the policy out in it, and learn from real and imagined steps
-together, with a critic that is pushed down where the model went and up where the data are. No
-estimate of the model's error is needed.
+Roll the policy out in a learned model and learn from real and imagined steps, with a critic that is
+pushed down where the model went and up where the data are. The model's error is not estimated.
 
     Conservative policy evaluation (Section 3): d_f holds a fraction f of the data's steps and 1 - f
     of the model's; rho, the states of the model or of that mixture:
@@ -14,6 +13,8 @@ estimate of the model's error is needed.
     Model: an ensemble of N(mean(s, a), std(s, a)^2) for (s' - s, r), by maximum likelihood.
 
 Run: python algorithms/combo.py --env halfcheetah-medium-v2
+On a CPU: --num-updates 100000 --eval-every 5000 --widths 256 256 --max-epochs 100; 40 minutes
+of a core, 59.8 [45.7, 77.9] over five seeds on the bundled hopper data (mean 11.1, IQL 42.3)
 
 The sum over actions is CQL's, estimated for each critic with importance weights from `num_actions`
 uniform actions, as many of pi(. | s) and as many of pi(. | s'). Settings and updates are those of
@@ -27,8 +28,7 @@ is lost, and its scores and betas come from that penalty: in expectation it is o
 - the policy's rate falls with each update (with each 1,000th)
 - log std has CQL's learned affine map and a floor of -20 (none, -5)
 - tanh's log-density and the std of the model's inputs differ by less than 1e-6
-- a column that hardly varies in the data is no input of the model and stays as it is (divided by
-  its std, or by 1)
+- a column that hardly varies is no input of the model and stays as it is (divided by its std or 1)
 - rollouts stop at states farther out than the data's range is wide (where a value exceeds 100)
 - `--max-backup` takes the smaller critic, then the best action (the other way round)
 - an epoch of the model drops its last, partial minibatch (keeps it)

@@ -21,9 +21,9 @@ import tyro
 from benchmarks.markdown import markdown
 from benchmarks.scores import figures
 from benchmarks.scores import tables as score_tables
-from benchmarks.scores.runs import NAMES, add, comparable_runs, finished, merge
+from benchmarks.scores.runs import NAMES, add, comparable_runs, finished, merge, short
 from benchmarks.speed import tables as speed_tables
-from benchmarks.studies import claims_pictures
+from benchmarks.studies import claims_pictures, settling
 from common.experiment import statistics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,6 +43,53 @@ def value_table(rows):
     for row in sorted(rows, key=lambda r: (r["dataset"], r["run"])):
         numbers = [f"{row[k]:.1f}" for k in ("q_data", "true_data", "q_pi", "true_pi")]
         lines.append([row["dataset"], row["run"], f"{row['num_updates']:,}", *numbers])
+    return markdown(names, lines)
+
+
+def settling_table(rows):
+    """Scores and Q of studies/settling.py; an arrow marks a Q that still moves."""
+    arrows = {"rises": " ↑", "falls": " ↓", "": ""}
+    names = ["dataset (data's mean)", "run", "seeds"]
+    names += [f"{what} at {step:,}" for what in ("score", "Q") for step in settling.POINTS]
+    lines = []
+    for row in rows:
+        found = [settling.summary(row, step) for step in settling.POINTS]
+        scores = [
+            f"{round(mean, 1) + 0.0:.1f} [{low:.1f}, {high:.1f}]" for mean, (low, high), *_ in found
+        ]
+        q = ["" if q is None else f"{q:.0f}{arrows[moving]}" for *_, q, moving in found]
+        data = f"{short(row['dataset'])} ({row['data_score']:.1f})"
+        seeds = len(row["scores"][str(settling.POINTS[0])])
+        lines.append([data, row["run"], seeds, *scores, *q])
+    return markdown(names, lines)
+
+
+def model_table(rows):
+    """The models' errors of studies/settling.py."""
+    names = ["model", "error on the holdout", "actions", "after 1 step"]
+    names += [f"after {len(rows[0]['data']['errors'])} steps", "reward, model - true"]
+    lines = []
+    for row in rows:
+        first = [f"{row['max_epochs']} epochs", f"{row['holdout']:.2f}"]
+        for who, title in (("data", "the data's"), ("policy", "the policy's")):
+            errors, bias = row[who]["errors"], row[who]["reward_bias"]
+            cells = [f"{errors[0]:.2f}", f"{errors[-1]:.2f}", f"{bias:+.2f}"]
+            lines.append([*first, title, *cells])
+            first = ["", ""]
+    return markdown(names, lines)
+
+
+def checkpoint_table(rows):
+    """Q, true returns and replay buffers of studies/settling.py."""
+    names = ["updates", "Q, policy's action", "true", "buffer outside the data's range", "cut"]
+    lines = [
+        [
+            f"{row['step']:,}",
+            *(f"{row[k]:.1f}" for k in ("q_pi", "true_pi")),
+            *(f"{row[k]:.1%}" for k in ("outside", "cut")),
+        ]
+        for row in rows
+    ]
     return markdown(names, lines)
 
 
@@ -256,6 +303,9 @@ TABLES = {  # name in a page: what stands there
     "resume": lambda stored: resume_table(stored("resume")["rows"]),
     "harm": lambda stored: harm_table(stored("harm")["rows"]),
     "values": lambda stored: value_table(stored("values")["rows"]),
+    "settling": lambda stored: settling_table(stored("settling")["runs"]),
+    "settling models": lambda stored: model_table(stored("settling")["models"]),
+    "settling checkpoints": lambda stored: checkpoint_table(stored("settling")["checkpoints"]),
     "planning": lambda stored: planning_table(stored("planning")["rows"]),
     "stitching": lambda stored: stitching_table(stored("stitching")["runs"]),
     "speed": lambda stored: speed_tables.own_table(stored.speed()[0]),

@@ -165,10 +165,19 @@ def train(name, data, field=None, values=None, seeds=5, terminal=None, adapt=Non
 
     start = jax.vmap(jax.vmap(start, (None, 0)), (of_data, None), axis_size=len(values))
     state = jax.jit(start)(data, fold(keys, 0))
+    if name == "brac" and field == "alpha":
+        weight = {"weight": jnp.repeat(values[:, None], seeds, 1)}
+        state = state.replace(alpha=state.alpha.replace(params=weight))
     if terminal is not None:  # COMBO: a model for each seed, shared by all values
         dynamics = module.fit_dynamics(keys, data, own, lambda line: None)
         dynamics = jax.tree.map(lambda x: jnp.stack([x] * len(values)), dynamics)
         state = state.replace(dynamics=dynamics)
+    if name == "brac":
+        clone = partial(module.clone_chunk, cfg=own)
+        clone = jax.vmap(
+            jax.vmap(clone, (None if field else 0, None, 0, None)), (0, of_data, None, None)
+        )
+        state, _ = jax.jit(clone)(state, data, fold(keys, 1), jnp.arange(own.clone_updates))
     chunk = jax.vmap(jax.vmap(chunk, (None, 0, None, 0, None)), (0, 0, of_data, None, None))
     chunk = jax.jit(chunk)
     for step in range(own.log_every, own.num_updates + 1, own.log_every):

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from benchmarks.arrays import arrays
 from common import datasets, experiment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,12 +45,21 @@ DIFFUSER = dict(horizon=8, diffusion_steps=20, multiples=(1, 2), width=32, lr=1e
 DIFFUSER |= dict(guide_scale=3.0, guide_stop=1, samples=16, end_return=0.0, return_scale=10.0)
 DIFFUSER |= dict(num_updates=2000, eval_every=2000, ddim_steps=10, plan_every=2)
 AWR = dict(actor_lr=1e-3, critic_lr=0.05, std=0.4, temperature=0.3)
+VAE = TD | dict(vae_widths=(64, 64))
+BOTH = TD | dict(actor_lr=1e-3, critic_lr=1e-3)
+BRAC = dict(actor_widths=(64, 64), clone_updates=2000, clone_lr=1e-3, warm_start=1000)
 RUNS = {  # method: (file, settings)
     "BC": ("bc", SMALL),
     "%BC, best half": ("bc", SMALL | dict(fraction=0.5)),
     "DT, asked for 10": ("dt", DT),
     "RvS, asked for 10": ("rvs", SMALL | dict(target=10.0)),
     "Diffuser": ("diffuser", DIFFUSER),
+    "TD3+BC": ("td3_bc", TD | dict(lr=1e-3)),
+    "ReBRAC": ("rebrac", BOTH),
+    "EDAC": ("edac", BOTH),
+    "BCQ": ("bcq", VAE),
+    "BEAR": ("bear", VAE | dict(warm_start=1000)),
+    "BRAC": ("brac", BOTH | BRAC),
     "AWR": ("awr", TD | AWR),
     "AWAC": ("awac", TD | dict(lr=1e-3)),
     "IQL": ("iql", TD | dict(lr=1e-3, tau=0.9)),
@@ -124,18 +134,13 @@ def train(who, data, cfg, **more):
     """(policy, states of all seeds) of a method of RUNS, trained as by its file's `train`."""
     name, _ = RUNS[who]
     module, own = resolved(who, data, cfg, **more)
-    chunk, batch = partial(module.train_chunk, cfg=own), data.transitions()
-    if name in ("dt", "diffuser"):
-        batch = data.steps(getattr(own, "gamma", 1.0))
-    if name == "rvs":
-        batch = module.hindsight(data, own)
-    if name == "bc":
-        rows = module.best_episodes(data, own.fraction)
-        batch = jax.tree.map(lambda x: x[rows], batch)
+    chunk, batch = partial(module.train_chunk, cfg=own), arrays(module, data, own)
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.seeds))
-    state = jax.jit(jax.vmap(partial(module.init, cfg=own), (0, None)))(keys, batch)
-    if name == "awr":
-        batch = module.Episodes(batch, data.start + data.length - 1)
+    state = jax.jit(jax.vmap(partial(module.init, cfg=own), (0, None)))(
+        keys, getattr(batch, "rows", batch)
+    )
+    if name == "brac":
+        state = module.clone_behaviour(keys, state, batch, own, lambda line: None)
     if name == "combo":
         state = state.replace(dynamics=module.fit_dynamics(keys, batch, own, lambda line: None))
         chunk = partial(chunk, terminal=ended)
