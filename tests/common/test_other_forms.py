@@ -101,6 +101,7 @@ def test_other_kinds_of_minari_datasets_are_named(home, monkeypatch):
         assert "pip install pyarrow" in refusal(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["arrow", "parquet"])
 def test_arrow_holds_the_same_numbers(home, suffix, capsys):
     """As Minari writes it: a folder for each episode, a row of zeros after all but observations."""
