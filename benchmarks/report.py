@@ -73,7 +73,7 @@ def model_table(rows):
         first = [f"{row['max_epochs']} epochs", f"{row['holdout']:.2f}"]
         for who, title in (("data", "the data's"), ("policy", "the policy's")):
             errors, bias = row[who]["errors"], row[who]["reward_bias"]
-            cells = [f"{errors[0]:.2f}", f"{errors[-1]:.2f}", f"{bias:+.2f}"]
+            cells = [f"{errors[0]:.2f}", f"{errors[-1]:.2f}", f"{round(bias, 2) + 0.0:+.2f}"]
             lines.append([*first, title, *cells])
             first = ["", ""]
     return markdown(names, lines)
