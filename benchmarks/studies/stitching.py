@@ -56,10 +56,12 @@ RUNS = {  # method: (file, settings)
     "Diffuser": ("diffuser", DIFFUSER),
     "TD3+BC": ("td3_bc", TD | dict(lr=1e-3)),
     "ReBRAC": ("rebrac", BOTH),
+    "ReBRAC, beta 0.1": ("rebrac", BOTH | dict(beta1=0.1, beta2=0.1)),
+    "SAC": ("sac", BOTH),
     "EDAC": ("edac", BOTH),
     "BCQ": ("bcq", VAE),
     "BEAR": ("bear", VAE | dict(warm_start=1000)),
-    "BRAC": ("brac", BOTH | BRAC),
+    "BRAC, alpha 1": ("brac", BOTH | BRAC | dict(alpha=1.0)),
     "AWR": ("awr", TD | AWR),
     "AWAC": ("awac", TD | dict(lr=1e-3)),
     "IQL": ("iql", TD | dict(lr=1e-3, tau=0.9)),
@@ -175,8 +177,8 @@ def plot(data, paths, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = (len(paths) + 2) // 2
-    figure, axes = pyplot.subplots(2, columns, figsize=(2.6 * columns, 5.6))
+    columns = len(paths) // 3 + 1
+    figure, axes = pyplot.subplots(3, columns, figsize=(2.6 * columns, 8.4))
     ways = {"the data": [], **paths}
     for start, length in zip(data.start, data.length, strict=True):
         rows = slice(start, start + length)
