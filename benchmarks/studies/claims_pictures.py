@@ -169,7 +169,7 @@ def behaviours(found, axis):
     for i, (who, colour) in enumerate((("CQL", "C0"), ("BRAC", "C3"), ("BEAR", "C2"))):
         each = np.array(found[who]["each action"])  # a dot for each seed
         x = np.repeat(shares[:, None] + 0.02 * (i - 1), each.shape[1], 1)
-        axis.scatter(x, each, 25, colour, alpha=0.7, lw=0, label=f"{who.lower()}.py")
+        axis.scatter(x, each, 25, colour, lw=0, label=f"{who.lower()}.py")
     axis.set(xlabel="share of the bad behaviour in the data", ylabel="mean action of the policy")
     axis.legend(fontsize=9, loc="lower left")
 

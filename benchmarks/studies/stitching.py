@@ -10,12 +10,14 @@ The best path from A leads over B to C. It is in no episode, but each of its ste
 method that learns the value of states finds it. A method that takes episodes as a whole sees at
 most 5 from A and goes to F.
 
-    python -m benchmarks.studies.stitching    # trains all methods
+    python -m benchmarks.studies.stitching                    # trains all methods
+    python -m benchmarks.studies.stitching --only BCQ BEAR    # some; keeps the others' results
 
-Writes stitching.json and stitching.png to benchmarks/results.
+Writes stitching.json and stitching.png to benchmarks/results, after each method.
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -73,6 +75,7 @@ RUNS = {  # method: (file, settings)
 
 @dataclass(frozen=True)
 class Config:
+    only: tuple[str, ...] = tuple(RUNS)  # methods to train
     updates: int = 8000  # gradient steps, unless RUNS says otherwise
     seeds: int = 3  # of each method, trained together
     episodes: int = 20  # from A, for each seed
@@ -170,7 +173,7 @@ def episodes_from_a(act, state, cfg):
 def plot(data, paths, path):
     """Draws the data, then a panel for each method with its paths from A.
 
-    paths: {title: positions (episodes, LIMIT + 1, 2)}.
+    paths: {title: positions (points, 2) of each episode}.
     """
     import matplotlib
 
@@ -199,22 +202,43 @@ def plot(data, paths, path):
     pyplot.close(figure)
 
 
+def shown(path):
+    """Twenty paths (LIMIT + 1, S, E, 2) up to their ends, in hundredths, for JSON."""
+    lines = np.round(100 * path.reshape(LIMIT + 1, -1, 2).swapaxes(0, 1)).astype(int)
+    lines = lines[:: len(lines) // 20]
+    ends = [np.flatnonzero(np.any(np.diff(x, axis=0), 1)).max(initial=0) + 2 for x in lines]
+    return [line[:end].tolist() for line, end in zip(lines, ends, strict=True)]
+
+
+def draw(data, runs, path):
+    """The picture of what stitching.json holds. runs: {method: its entry}."""
+    lines = {}
+    for who in (who for who in RUNS if "paths" in runs.get(who, {})):
+        title = f"{who}: {runs[who]['to_C']:.0%} to C"
+        lines[title] = [np.array(x) / 100 for x in runs[who]["paths"]]
+    plot(data, lines, path)
+
+
 def main(cfg: Config):
-    data, found, paths = dataset(cfg.seed), {}, {}
-    for who in RUNS:
+    results, data = Path(cfg.results), dataset(cfg.seed)
+    results.mkdir(parents=True, exist_ok=True)
+    file = results / "stitching.json"
+    runs = json.loads(file.read_text("utf-8"))["runs"] if file.exists() else {}
+    settings = {k: v for k, v in vars(cfg).items() if k not in ("results", "only")}
+    facts = experiment.machine()
+    for who in cfg.only:
         path, returns = episodes_from_a(*train(who, data, cfg), cfg)
         ends = {p: float((returns == PAYS[p]).mean()) for p in ("C", "F")}
-        found[who] = {"return": float(returns.mean()), "to_C": ends["C"], "to_F": ends["F"]}
-        paths[f"{who}: {ends['C']:.0%} to C"] = path.reshape(LIMIT + 1, -1, 2).swapaxes(0, 1)
+        runs[who] = {"return": float(returns.mean()), "to_C": ends["C"], "to_F": ends["F"]}
+        runs[who] |= {"commit": facts["commit"], "paths": shown(path)}
         print(
             f"{who:24} return {returns.mean():5.2f}  to C {ends['C']:4.0%}  to F {ends['F']:4.0%}"
         )
-    results = Path(cfg.results)
-    results.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in vars(cfg).items() if k != "results"}
-    record = experiment.machine() | {"config": settings, "runs": found}
-    (results / "stitching.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    plot(data, paths, results / "stitching.png")
+        runs = {who: runs[who] for who in RUNS if who in runs}
+        text = json.dumps(facts | {"config": settings, "runs": runs}, indent=1)
+        text = re.sub(r"(?<=[\[,])\s+(?=[-\d\[])|(?<=[\d\]])\s+(?=\])", "", text)  # paths: one line
+        file.write_text(text + "\n", "utf-8")
+        draw(data, runs, results / "stitching.png")
 
 
 if __name__ == "__main__":
