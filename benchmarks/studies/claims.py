@@ -1,4 +1,4 @@
-"""Tests seven claims of offline RL in small worlds where true values are known.
+"""Tests eleven claims of offline RL in small worlds where true values are known.
 
 The corridor has five places in a row. Action a in [-1, 1] steps right with probability (1 + a) / 2,
 else left (at the first place: it stays). Leaving by the right end pays 1 and ends the episode. So Q
@@ -13,8 +13,8 @@ a grid.
     python -m benchmarks.studies.claims --only iql
 
 The files in algorithms/ do the learning, with small networks and several seeds. Bars and bands go
-from the lowest seed to the highest. One claim is about the world of stitching.py, where no episode
-takes the best path.
+from the lowest seed to the highest. Two claims are about the world of stitching.py, where no
+episode takes the best path.
 """
 
 import itertools

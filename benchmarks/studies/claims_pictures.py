@@ -156,9 +156,10 @@ def support(found, axis):
     for x, (label, run) in enumerate(found["runs"].items()):
         colour = {"KL": "C3", "MM": "C1", "BE": "C2", "BC": "C0"}[label[:2]]
         dots(axis, x, {k: [v] for k, v in run["earned"].items()}, None, colour)
-        beyond = f"{run['beyond']['mean']:.0%}"
-        axis.annotate(beyond, (x, run["earned"]["mean"]), (7, -3), textcoords="offset points",
-                      fontsize=8)  # fmt: skip
+        earned, words = run["earned"]["mean"], f"{run['beyond']['mean']:.0%}"
+        if earned < -19:  # below the picture
+            earned, words = -19, f"earns {earned:.0f},\n{words}"
+        axis.annotate(words, (x, earned), (7, -3), textcoords="offset points", fontsize=8)
     axis.set_xticks(range(len(found["runs"])), found["runs"], fontsize=9)
     axis.set(xlim=(-0.5, len(found["runs"]) + 0.5), ylim=(-20, 16), ylabel="value of the policy")
 
@@ -211,7 +212,8 @@ PICTURES = {  # name: (its panels, its title)
            "IQL goes beyond on the same data"),
     "awr": (awr, "AWR's advantage is what the data earned after an action, with any lambda;\n"
             "AWAC's is what its own policy will earn: it alone joins two paths"),
-    "support": (support, "A wide and dull behaviour, by constraint;\n"
+    "support": (support,
+                "Where the data are wide and dull, KL holds the policy back more than MMD;\n"
                 "in per cent the share of actions beyond the data"),
     "behaviours": (behaviours,
                    "Two behaviours at the same places: BRAC acts between them, without data;\n"
