@@ -236,7 +236,9 @@ def main(cfg: Config):
         )
         runs = {who: runs[who] for who in RUNS if who in runs}
         text = json.dumps(facts | {"config": settings, "runs": runs}, indent=1)
-        text = re.sub(r"(?<=[\[,])\s+(?=[-\d\[])|(?<=[\d\]])\s+(?=\])", "", text)  # paths: one line
+        text = re.sub(
+            r"(?<=[\[,])\n\s+(?=[-\d\[])|(?<=[\d\]])\n\s+(?=\])", "", text
+        )  # paths: one line
         file.write_text(text + "\n", "utf-8")
         draw(data, runs, results / "stitching.png")
 
