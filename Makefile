@@ -40,8 +40,8 @@ run: install  ## Train IQL on bundled data, five minutes on two cores; ALGORITHM
 test: install  ## Run the fast tests.
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-test-slow: install  ## Run the long tests, and those of the grid on Ray.
-	$(BIN)/python -m pip install --quiet ray==2.60.0
+test-slow: install  ## Run the long tests, and those that need Ray or pyarrow.
+	$(BIN)/python -m pip install --quiet ray==2.60.0 pyarrow==26.0.1
 	$(BIN)/python -m pytest -m slow
 
 lint: install  ## Check style and format with ruff.

@@ -50,7 +50,7 @@ TUNED = {
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
+    env: str = "stillwater/hopper/medium-replay-v0"  # D4RL or Minari name, .hdf5 file; several: A,B
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
     env_module: str = ""  # Python module of yours to import, which registers the environment
     seed: int = 0  # first seed

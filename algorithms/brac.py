@@ -53,7 +53,7 @@ EDGE = 1 - 1e-3  # largest action whose density under the behaviour is asked for
 
 @dataclass(frozen=True)
 class Config:
-    env: str = "stillwater/hopper/medium-replay-v0"  # dataset: D4RL name, Minari id or .hdf5 file
+    env: str = "stillwater/hopper/medium-replay-v0"  # D4RL or Minari name, .hdf5 file; several: A,B
     env_id: str = ""  # Gymnasium id to score on; only for a bare file
     env_module: str = ""  # Python module of yours to import, which registers the environment
     seed: int = 0  # first seed
@@ -182,7 +182,7 @@ def init(key, data, cfg):
     )
 
 
-# A loss differentiates its first argument; everything in `state` is a constant to it.
+# A loss is differentiated by its first argument; everything in `state` is a constant.
 
 
 def behaviour_loss(b_params, state, batch, key):

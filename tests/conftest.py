@@ -1,20 +1,20 @@
 """What all tests share: how programs are compiled, and where they are kept.
 
 The networks of the tests are so small that compiling them is most of the time. So XLA leaves out
-its optimisations, and programs are kept in pytest's cache folder, for processes that tests start
-and for the next run; `pytest --cache-clear` forgets them. Commands that a test types as a user
-does (test_commands.py) are compiled as a user's are.
+its optimisations and its MLIR emitters, which take a third of it. Programs are kept in pytest's
+cache folder, for processes that tests start and for the next run; `pytest --cache-clear` forgets
+them. Commands that a test types as a user does (test_commands.py) are compiled as a user's are.
 """
 
 # ruff: noqa: E402 (the environment comes before JAX)
 import os
 import warnings
 
-WORKER = os.environ.get("PYTEST_XDIST_WORKER")
-if WORKER:  # one of several processes: a thread for each, not all cores for each
+flags = ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+if os.environ.get("PYTEST_XDIST_WORKER"):  # one of several processes: a thread for each
     os.environ["NPROC"] = "1"
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_multi_thread_eigen=false".strip()
+    flags.append("--xla_cpu_multi_thread_eigen=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip()
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 with warnings.catch_warnings():

@@ -13,8 +13,11 @@ Actions are sampled. A time limit is a truncation, never a termination. The resu
 dataset with its provenance: `<out>/stillwater/<env>/<kind>-v0/data/{metadata.json,main_data.hdf5}`.
 
 All kinds of one environment and seed share one SAC run. Ctrl-C saves it, and the same command
-continues it. Sources: SAC, Haarnoja et al. 2018, arXiv:1812.05905; the protocol, Fu et al. 2020,
-arXiv:2004.07219.
+continues it. SAC is algorithms/sac.py on the replay that it fills; the protocol is that of Fu et
+al. 2020, arXiv:2004.07219.
+
+The bundled sets are older than that: their SAC had the same settings, no affine map of the log std,
+and updated the critics before the policy. Their metadata is of the time when they were collected.
 """
 
 import itertools
@@ -30,20 +33,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import distrax
-import flax.linen as nn
 import gymnasium
 import h5py
 import jax
 import jax.numpy as jnp
 import minari
 import numpy as np
-import optax
 import tyro
-from flax import serialization, struct
-from flax.training.train_state import TrainState
+from flax import serialization
 from minari.data_collector import EpisodeBuffer
 
+from algorithms import sac
 from benchmarks.collect import waypoints
 from common import datasets, evaluation
 
@@ -73,119 +73,19 @@ class Config:
     widths: tuple[int, ...] = (256, 256)  # hidden layers of every network
 
 
-class MLP(nn.Module):
-    widths: tuple[int, ...]
-    out: int
-
-    @nn.compact
-    def __call__(self, x):
-        for width in self.widths:
-            x = nn.relu(nn.Dense(width)(x))
-        return nn.Dense(self.out)(x)
-
-
-class TanhNormal(distrax.Transformed):
-    """tanh(u), u ~ N(mean, std^2), independent over the last axis."""
-
-    def __init__(self, mean, std):
-        gaussian = distrax.MultivariateNormalDiag(mean, std)
-        super().__init__(gaussian, distrax.Block(distrax.Tanh(), 1))
-
-    def mode(self):
-        """The median, tanh(mean)."""
-        return jnp.tanh(self.distribution.mean())
-
-
-class Actor(nn.Module):
-    """pi(a | s), a tanh-squashed Gaussian."""
-
-    widths: tuple[int, ...]
-    action_dim: int
-
-    @nn.compact
-    def __call__(self, obs):
-        mean, log_std = jnp.split(MLP(self.widths, 2 * self.action_dim)(obs), 2, -1)
-        return TanhNormal(mean, jnp.exp(log_std.clip(-20, 2)))
-
-
-class Critic(nn.Module):
-    """Q(s, a) of one member; the ensemble is a vmap over parameters."""
-
-    widths: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, obs, action):
-        return MLP(self.widths, 1)(jnp.concatenate([obs, action], -1)).squeeze(-1)
-
-
-@struct.dataclass
-class State:
-    actor: TrainState
-    critic: TrainState  # two members, parameters stacked on axis 0
-    alpha: TrainState  # log of the entropy temperature
-    target: dict  # Polyak average of critic.params
-
-
-def init(key, obs, action, cfg):
-    """Fresh networks and optimisers; obs (D,) and action (A,) give the sizes."""
-    k_actor, k_critic = jax.random.split(key)
-    actor, critic = Actor(cfg.widths, action.shape[-1]), Critic(cfg.widths)
-    q_params = jax.vmap(critic.init, (0, None, None))(jax.random.split(k_critic, 2), obs, action)
-    learner = partial(TrainState.create, tx=optax.adam(cfg.lr))
-    return State(
-        actor=learner(apply_fn=actor.apply, params=actor.init(k_actor, obs)),
-        critic=learner(apply_fn=jax.vmap(critic.apply, (0, None, None)), params=q_params),
-        alpha=learner(apply_fn=temperature, params={"log_alpha": jnp.zeros(())}),
-        target=q_params,
+def online(cfg):
+    """The Config of algorithms/sac.py."""
+    return sac.Config(
+        batch_size=cfg.batch_size,
+        gamma=cfg.gamma,
+        actor_lr=cfg.lr,
+        critic_lr=cfg.lr,
+        polyak=cfg.polyak,
+        widths=cfg.widths,
     )
 
 
-def temperature(params):
-    """alpha > 0, the weight of the entropy."""
-    return jnp.exp(params["log_alpha"])
-
-
-def critic_loss(q_params, state, batch, key, cfg):
-    """Soft Bellman error against the smaller of two targets."""
-    obs, action, reward, next_obs, done = batch
-    pi = state.actor.apply_fn(state.actor.params, next_obs)
-    next_action, log_pi = pi.sample_and_log_prob(seed=key)
-    next_q = state.critic.apply_fn(state.target, next_obs, next_action).min(0)
-    alpha = temperature(state.alpha.params)
-    target = reward + cfg.gamma * (1 - done) * (next_q - alpha * log_pi)
-    q = state.critic.apply_fn(q_params, obs, action)  # (2, B)
-    return jnp.mean((q - target) ** 2), {}
-
-
-def actor_loss(pi_params, state, batch, key):
-    """Entropy-regularised value of the policy."""
-    pi = state.actor.apply_fn(pi_params, batch[0])
-    action, log_pi = pi.sample_and_log_prob(seed=key)
-    q = state.critic.apply_fn(state.critic.params, batch[0], action).min(0)
-    return jnp.mean(temperature(state.alpha.params) * log_pi - q), {"entropy": -log_pi.mean()}
-
-
-def alpha_loss(params, entropy, action_dim):
-    """Keeps the entropy at -|A|."""
-    return params["log_alpha"] * (entropy + action_dim), {}
-
-
-def descend(loss_fn, learner, *args):
-    """One optimiser step on loss_fn(learner.params, *args)."""
-    grads, info = jax.grad(loss_fn, has_aux=True)(learner.params, *args)
-    return learner.apply_gradients(grads=grads), info
-
-
-@partial(jax.jit, static_argnames="cfg", donate_argnums=0)
-def update(state, batch, key, cfg):
-    """One SAC step on (obs, action, reward, next_obs, done)."""
-    k_critic, k_actor = jax.random.split(key)
-    critic, _ = descend(critic_loss, state.critic, state, batch, k_critic, cfg)
-    state = state.replace(critic=critic)
-    actor, info = descend(actor_loss, state.actor, state, batch, k_actor)
-    alpha, _ = descend(alpha_loss, state.alpha, info["entropy"], batch[1].shape[-1])
-    target = optax.incremental_update(critic.params, state.target, cfg.polyak)
-    return state.replace(actor=actor, alpha=alpha, target=target)
+update = jax.jit(sac.update, static_argnames="cfg", donate_argnums=0)
 
 
 @jax.jit
@@ -222,7 +122,7 @@ class Replay:
 
     def minibatch(self, rng, n):
         i = rng.integers(0, self.size, n)
-        return tuple(self.rows[k][i] for k in FIELDS[:5])
+        return datasets.Batch(*(self.rows[k][i] for k in FIELDS[:5]))
 
     def filled(self):
         return {k: v[: self.size] for k, v in self.rows.items()}
@@ -298,7 +198,7 @@ def save(folder, step, state, replay, returns):
 def check_settings(cfg, folder):
     """Raises SystemExit if the SAC run in `folder` was started with other settings."""
     kept = {k: v for k, v in asdict(cfg).items() if k not in ("kind", "num_steps", "out", "work")}
-    kept = json.dumps(kept | {"sac_steps": 0})  # more steps are allowed later
+    kept = json.dumps(kept | {"sac_steps": 0, "by": "sac.py"})  # more steps are allowed later
     path = folder / "settings.json"
     if path.exists() and path.read_text() != kept:
         raise SystemExit(f"{folder} was started with other settings; choose another --work")
@@ -325,11 +225,11 @@ def train(cfg, env, folder, goal):
     The medium policy is that at which the last ten episodes first average `goal`. For the kinds
     with an expert, training continues to the end. folder: for checkpoints and the medium policy.
     """
-    state = jax.jit(partial(init, cfg=cfg))(
-        jax.random.key(cfg.seed), env.observation_space.sample(), env.action_space.sample()
-    )
+    replay, own = Replay(env, cfg.sac_steps), online(cfg)
+    sizes = datasets.Batch(*(replay.rows[k][:1] for k in FIELDS[:5]))
+    state = jax.jit(partial(sac.init, cfg=own))(jax.random.key(cfg.seed), sizes)
     state = jax.tree.map(jnp.copy, state)  # donated buffers must not be shared
-    state, replay, done, returns = load(folder, state, Replay(env, cfg.sac_steps))
+    state, replay, done, returns = load(folder, state, replay)
     rng = np.random.default_rng([cfg.seed, done])
     key = jax.random.fold_in(jax.random.key(cfg.seed), 1 + done)
     medium = folder / "medium.msgpack"
@@ -357,7 +257,7 @@ def train(cfg, env, folder, goal):
                     write(folder / "medium.json", json.dumps({"step": done}).encode())
                     write(medium, serialization.to_bytes(state.actor.params))
             if done >= cfg.start_steps:
-                state = update(state, replay.minibatch(rng, cfg.batch_size), k_update, cfg)
+                state, _ = update(state, replay.minibatch(rng, cfg.batch_size), k_update, own)
             if done % 5_000 == 0:
                 rate, recent = (done - first) / (time.time() - began), np.mean(returns[-10:] or 0)
                 print(f"{done:>9,} steps  return {recent:8.1f}  {rate:5.0f} steps/s", flush=True)

@@ -81,9 +81,12 @@ def fields(layout):
 
 
 def whole_files():
-    """[(layout, bytes)] of undamaged files: contiguous, chunked, compressed or resizable."""
+    """[(layout, bytes)] of undamaged files: contiguous, chunked, packed, resizable, compact."""
     packed = dict(compression="gzip", shuffle=True, fletcher32=True)
-    found, ways = [], ({}, dict(chunks=5), packed | dict(chunks=5), packed, dict(maxshape=None))
+    compact = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    compact.set_layout(h5py.h5d.COMPACT)
+    ways = {}, dict(chunks=5), packed | dict(chunks=5), packed, dict(maxshape=None)
+    found, ways = [], (*ways, dict(compression="lzf"), dict(dcpl=compact))
     for layout in ("D4RL", "Minari"):
         for libver in ("earliest", "latest"):
             for how in ways:

@@ -49,7 +49,7 @@ COMMON = "--num-seeds 2 --num-updates 600 --log-every 20 --eval-every 60 --eval-
 COMMON += " --batch-size 32"
 NETWORK = "--widths 32 32"
 FLAGS = {
-    "awr": f"{NETWORK} --actor-steps 15 --critic-steps 5",
+    "awr": f"{NETWORK} --actor-steps 10 --critic-steps 5",
     "bcq": f"{NETWORK} --vae-widths 32 32",
     "bear": f"{NETWORK} --vae-widths 32 32 --warm-start 200",
     "combo": f"{NETWORK} --save-every 120 --max-epochs 3 --rollout-every 60 --rollout-batch 2000 "
@@ -123,6 +123,7 @@ def durations(process, mark):
             visits[last].append(end - begin)
             last, begin = now, end
         time.sleep(0.0005)
+    finish(process)
     found = {phase: statistics.median(seconds) for phase, seconds in visits.items()}
     found[COMPILING] /= 5  # a resumed run finds its programs compiled
     return found
@@ -190,7 +191,6 @@ def shake(algorithm, kills, folder):
     """The row of results for an algorithm, from trials in a folder."""
     process = start(algorithm, folder / "mark", *flags(algorithm), "--out", str(folder / "whole"))
     seconds = durations(process, folder / "mark")
-    finish(process)
     whole, phases, trials, same, twice = outcome(folder / "whole"), Counter(), 0, 0, 0
     while phases.total() < kills:
         place = folder / f"trial{trials}"

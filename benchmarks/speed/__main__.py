@@ -35,6 +35,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from benchmarks.arrays import arrays
 from benchmarks.speed import flops
 from common import datasets, evaluation, experiment
 
@@ -45,6 +46,14 @@ COMBO = dict(beta=0.5, horizon=5, num_actions=10)  # as many actions as CQL and 
 DIFFUSER = dict(horizon=32, multiples=(1, 2, 4, 8), batch_size=32, diffusion_steps=20)
 UPDATES = {  # row: (algorithm, settings that differ from its defaults)
     "bc": ("bc", {}),
+    "sac": ("sac", {}),
+    "td3_bc": ("td3_bc", {}),
+    "rebrac": ("rebrac", {}),
+    "edac": ("edac", {}),
+    "bcq": ("bcq", {}),
+    "bear": ("bear", {}),
+    "brac": ("brac", {}),
+    "awr": ("awr", {}),
     "iql": ("iql", {}),
     "awac": ("awac", {}),
     "awac, 2 layers": ("awac", dict(widths=(256, 256))),
@@ -52,6 +61,7 @@ UPDATES = {  # row: (algorithm, settings that differ from its defaults)
     "cql, 3 layers": ("cql", dict(widths=(256, 256, 256))),
     "combo": ("combo", COMBO | dict(horizon=1, rollout_batch=500, retain=500)),  # updates alone
     "dt": ("dt", dict(targets=(1.0,))),
+    "rvs": ("rvs", dict(horizon=1000)),
     "diffuser": ("diffuser", DIFFUSER),
 }
 OTHERS = ("dynamics", "rollout", "plan", "evaluation", "evaluation, dt")
@@ -110,13 +120,17 @@ def update(name, data, sizes, keys):
     """The Work of a row of UPDATES. sizes: (D, A). keys: of the seeds."""
     algorithm, changes = UPDATES[name]
     module, cfg = settings(algorithm, changes)
-    products = flops.times(len(keys), getattr(flops, algorithm)(cfg, *sizes))
-    updates, more = int(np.clip(5e10 / flops.total(products), 2, 5000)), {}
+    batch, more = arrays(module, data, cfg), {}
+    rows = {"rows": len(batch.rows.obs)} if algorithm == "awr" else {}
+    products = flops.times(len(keys), getattr(flops, algorithm)(cfg, *sizes, **rows))
+    updates = int(np.clip(5e10 / flops.total(products), 2, 5000))
+    whole = getattr(cfg, "policy_delay", getattr(cfg, "actor_steps", 1))  # an iteration's updates
+    updates = max(updates // whole, 1) * whole
     cfg = replace(cfg, log_every=updates, eval_every=updates)
-    batch = data.steps() if algorithm in ("dt", "diffuser") else data.transitions()
     if algorithm == "combo":
         cfg, more = replace(cfg, rollout_every=updates), dict(terminal=module.never)
-    state, batch = start(partial(module.init, cfg=cfg), keys, batch), jax.device_put(batch)
+    state = start(partial(module.init, cfg=cfg), keys, getattr(batch, "rows", batch))
+    batch = jax.device_put(batch)
     chunk = jax.vmap(partial(module.train_chunk, cfg=cfg, **more), (0, None, 0, None))
     inputs = batch, keys, updates
     program, compiling = compiled(jax.jit(chunk, donate_argnums=0), state, *inputs)
@@ -167,8 +181,7 @@ def plan(data, sizes, keys):
 def ten_episodes(data, sizes, keys, algorithm="iql"):
     """An evaluation of ten episodes; for comparison, the environment's steps alone."""
     module, cfg = settings(*UPDATES[algorithm])
-    batch = data.steps() if algorithm == "dt" else data.transitions()
-    state = start(partial(module.init, cfg=cfg), keys, batch)
+    state = start(partial(module.init, cfg=cfg), keys, arrays(module, data, cfg))
     policy = jax.jit(jax.vmap(module.policy(cfg), (0, 0, 0, 0, None)))
     inputs = None, jnp.asarray(data.obs[None, :10]), jnp.zeros((1, 10)), keys[0]
     program, compiling = compiled(policy, state, *inputs)

@@ -54,6 +54,18 @@ def bc(cfg, obs, action):
     return learn(mlp(cfg.batch_size, obs, *cfg.widths, action))
 
 
+def rvs(cfg, obs, action):
+    return learn(mlp(cfg.batch_size, obs + 1, *cfg.widths, action))
+
+
+def awr(cfg, obs, action, rows):
+    """rows: of the dataset. V of all of them gives returns, then weights, in each iteration."""
+    v, _, pi = (mlp(cfg.batch_size, *x) for x in widths(cfg, obs, action, action))
+    everywhere = forward(mlp(rows, *widths(cfg, obs, action, action)[0]))
+    iteration = times(cfg.critic_steps, learn(v)) + times(2, everywhere)
+    return learn(pi) + times(1 / cfg.actor_steps, iteration)
+
+
 def iql(cfg, obs, action):
     b = cfg.batch_size
     v, q, pi = (mlp(b, *x) for x in widths(cfg, obs, action, action))
@@ -67,6 +79,79 @@ def awac(cfg, obs, action):
     _, own, _ = (mlp(b * cfg.num_samples, *x) for x in widths(cfg, obs, action, action))
     critics = forward(q) + learn(q) + forward(q) + forward(own)  # target's, L_Q, new Q(s, a), V(s)
     return times(2, critics) + forward(pi) + learn(pi)  # at s'; at s, which serves V(s), too
+
+
+def sac(cfg, obs, action, critics=2):
+    _, q, pi = (mlp(cfg.batch_size, *x) for x in widths(cfg, obs, action, 2 * action))
+    each = to_inputs(q) + forward(q) + learn(q)  # for the policy; the target's; L_Q
+    return learn(pi) + forward(pi) + times(critics, each)  # at s; at s'
+
+
+def edac(cfg, obs, action):
+    """SAC, and the gradients of Q with respect to actions, by which its weights learn, too."""
+    layers = mlp(cfg.batch_size, obs + action, *cfg.widths, 1)
+    slope = Counter((rows, o, i) for rows, i, o in layers)  # its forward pass serves L_Q, too
+    weights = Counter((o, rows, i) for rows, i, o in layers)
+    through = Counter(layers[:-1])  # the last layer's input is the constant 1
+    similarity = slope + weights + through if cfg.eta else Counter()
+    return sac(cfg, obs, action, cfg.num_critics) + times(cfg.num_critics, similarity)
+
+
+def td3_bc(cfg, obs, action, critics=1):
+    """An update of the critics, and its part of a round's update of the policy.
+
+    critics: how many the policy climbs.
+    """
+    _, q, pi = (mlp(cfg.batch_size, *x) for x in widths(cfg, obs, action, action))
+    improvement = learn(pi) + times(critics, to_inputs(q))
+    evaluation = forward(pi) + times(2, forward(q) + learn(q))  # at s'; the targets', L_Q
+    return evaluation + times(1 / cfg.policy_delay, improvement)
+
+
+def rebrac(cfg, obs, action):
+    return td3_bc(cfg, obs, action, critics=2)
+
+
+def vae(cfg, obs, action, rows):
+    """The layers of encoder and decoder of BCQ and BEAR."""
+    encoder = mlp(rows, obs + action, *cfg.vae_widths, 4 * action)
+    return encoder, mlp(rows, obs + 2 * action, *cfg.vae_widths, action)
+
+
+def imitation(cfg, obs, action):
+    """An update of the VAE."""
+    encoder, decoder = vae(cfg, obs, action, cfg.batch_size)
+    return learn(encoder) + learn(decoder, inputs=True)
+
+
+def bcq(cfg, obs, action):
+    b, many = cfg.batch_size, cfg.batch_size * cfg.num_samples
+    q, q_next = (mlp(rows, obs + action, *cfg.widths, 1) for rows in (b, many))
+    xi, xi_next = (mlp(rows, obs + action, *cfg.widths, action) for rows in (b, many))
+    (_, decoded), (_, decoded_next) = (vae(cfg, obs, action, rows) for rows in (b, many))
+    evaluation = forward(decoded_next) + forward(xi_next) + times(2, forward(q_next) + learn(q))
+    improvement = forward(decoded) + learn(xi) + to_inputs(q)
+    return imitation(cfg, obs, action) + evaluation + improvement
+
+
+def bear(cfg, obs, action):
+    b, matched = cfg.batch_size, cfg.batch_size * cfg.num_matches
+    pi = mlp(b, obs, *cfg.widths, 2 * action)
+    q, q_next, q_matched = (
+        mlp(rows, obs + action, *cfg.widths, 1) for rows in (b, b * cfg.num_samples, matched)
+    )
+    evaluation = forward(pi) + times(2, forward(q_next) + learn(q))  # at s'; the targets', L_Q
+    _, decoded = vae(cfg, obs, action, matched)
+    improvement = forward(decoded) + learn(pi) + times(2, to_inputs(q_matched))
+    return imitation(cfg, obs, action) + evaluation + improvement
+
+
+def brac(cfg, obs, action):
+    """With the divergence KL in the value; the behaviour is cloned already."""
+    _, q, _ = (mlp(cfg.batch_size, *x) for x in widths(cfg, obs, action, 1))
+    pi = mlp(cfg.batch_size, obs, *cfg.actor_widths, 2 * action)
+    evaluation = times(2, forward(pi)) + times(2, forward(q) + learn(q))  # pi, behaviour at s'
+    return evaluation + forward(pi) + learn(pi) + times(2, to_inputs(q))  # the same at s
 
 
 def widths(cfg, obs, action, out):

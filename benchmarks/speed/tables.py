@@ -27,6 +27,8 @@ COMPARED = {  # our row: what peers call it, and the sizes that must be equal
     "plan": ("plan", dict(horizon=32)),
     "evaluation": ("evaluation", {}),
 }
+SIMILAR = ("bc", "sac", "td3_bc", "rebrac", "edac", "brac", "awr", "iql", "awac", "cql", "combo")
+SIMILAR += ("dt", "rvs")  # their policies cost what the rows of evaluations measure
 OTHERWISE = {  # (peer, our row): the difference between them
     ("Unifloral", "iql"): "the policy's weights from V before its update: one V less",
     ("Unifloral", "dynamics"): "ReLU for swish, one batch for all members, no weight decay",
@@ -49,7 +51,7 @@ def by_name(file, seeds=1):
 
 def evaluations_share(name, row, rows):
     """Of the time of a run with the file's defaults, from the evaluation of such a policy."""
-    if name not in ("bc", "iql", "awac", "cql", "combo", "dt"):
+    if name not in SIMILAR:
         return ""
     each = rows["evaluation, dt" if name == "dt" else "evaluation"]["us"]
     every = importlib.import_module(f"algorithms.{name}").Config().eval_every
@@ -158,7 +160,7 @@ def summary_table(ours, peers):
     """One update of each algorithm on one core, beside the fastest peer at equal sizes."""
     names = ["one update, one core", "ms", "share of the machine's rate", "fastest other code, ms"]
     one, rows = by_name(ours[1]), []
-    for name in ("bc", "iql", "awac", "cql", "combo", "dt", "diffuser"):
+    for name in (name for name in one if name in (*SIMILAR, "bcq", "bear", "diffuser")):
         row, found = one[name], theirs(peers[1], name) if name in COMPARED else []
         ms, cells = row["us"] / 1000, ["", ""]
         if found:

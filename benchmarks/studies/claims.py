@@ -1,4 +1,4 @@
-"""Tests seven claims of offline RL in small worlds where true values are known.
+"""Tests eleven claims of offline RL in small worlds where true values are known.
 
 The corridor has five places in a row. Action a in [-1, 1] steps right with probability (1 + a) / 2,
 else left (at the first place: it stays). Leaving by the right end pays 1 and ends the episode. So Q
@@ -13,10 +13,11 @@ a grid.
     python -m benchmarks.studies.claims --only iql
 
 The files in algorithms/ do the learning, with small networks and several seeds. Bars and bands go
-from the lowest seed to the highest. One claim is about the world of stitching.py, where no episode
-takes the best path.
+from the lowest seed to the highest. Two claims are about the world of stitching.py, where no
+episode takes the best path.
 """
 
+import itertools
 import json
 import time
 from contextlib import contextmanager
@@ -129,16 +130,28 @@ def ledge_best():
     return v
 
 
-def ledge_data(rows=4000, seed=0):
-    """A Batch of random positions and actions; no action goes beyond the edge."""
-    rng = np.random.default_rng(seed)
-    x, action = rng.uniform(-1, 1, rows), rng.uniform(*TRIED, rows)
+def ledge_rows(x, action):
+    """A Batch of the steps from positions x (N,) by actions (N,)."""
     to, pays = ledge_step(x, action)
-    rows = x[:, None], action[:, None], pays, to[:, None], np.zeros(rows)
+    rows = x[:, None], action[:, None], pays, to[:, None], np.zeros(len(x))
     return datasets.Batch(*(np.asarray(x, np.float32) for x in rows))
 
 
+def ledge_data(rows=4000, seed=0):
+    """A Batch of random positions and actions; no action goes beyond the edge."""
+    rng = np.random.default_rng(seed)
+    return ledge_rows(rng.uniform(-1, 1, rows), rng.uniform(*TRIED, rows))
+
+
 # --- Training: S seeds for each of V values of one field of a config, together ---
+
+
+def config(name, **settings):
+    """(the algorithm's module, its config as `train` uses it)."""
+    module = experiment.module(name)
+    return module, experiment.resolve(
+        module.Config(**NETS | settings), getattr(module, "TUNED", {})
+    )
 
 
 def train(name, data, field=None, values=None, seeds=5, terminal=None, adapt=None, **settings):
@@ -148,8 +161,7 @@ def train(name, data, field=None, values=None, seeds=5, terminal=None, adapt=Non
     config that varies and its V values. terminal: COMBO's termination function. adapt: a function
     that changes a fresh State.
     """
-    module = experiment.module(name)
-    own = experiment.resolve(module.Config(**NETS | settings), getattr(module, "TUNED", {}))
+    module, own = config(name, **settings)
     extra, of_data = {} if terminal is None else {"terminal": terminal}, None if field else 0
     values = jnp.array(values, jnp.float32) if field else jnp.zeros(len(data.reward))
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
@@ -165,10 +177,17 @@ def train(name, data, field=None, values=None, seeds=5, terminal=None, adapt=Non
 
     start = jax.vmap(jax.vmap(start, (None, 0)), (of_data, None), axis_size=len(values))
     state = jax.jit(start)(data, fold(keys, 0))
+    if name == "brac" and field == "alpha":
+        weight = {"weight": jnp.repeat(values[:, None], seeds, 1)}
+        state = state.replace(alpha=state.alpha.replace(params=weight))
     if terminal is not None:  # COMBO: a model for each seed, shared by all values
         dynamics = module.fit_dynamics(keys, data, own, lambda line: None)
         dynamics = jax.tree.map(lambda x: jnp.stack([x] * len(values)), dynamics)
         state = state.replace(dynamics=dynamics)
+    if name == "brac":
+        clone = partial(module.clone_chunk, cfg=own)
+        clone = jax.vmap(jax.vmap(clone, (0, None, 0, None)), (0, of_data, None, None))
+        state, _ = jax.jit(clone)(state, data, fold(keys, 1), jnp.arange(own.clone_updates))
     chunk = jax.vmap(jax.vmap(chunk, (None, 0, None, 0, None)), (0, 0, of_data, None, None))
     chunk = jax.jit(chunk)
     for step in range(own.log_every, own.num_updates + 1, own.log_every):
@@ -211,6 +230,18 @@ def likely_actions(state, obs, squash):
     """
     mean, std = each(gaussian, state, obs)
     return squash(mean[..., None] + std[..., None] * NORMAL)
+
+
+def chosen_actions(name, state, obs, samples=20, **settings):
+    """Actions that each run's policy takes at obs (N, D), drawn anew: (V, S, N, samples)."""
+    module, own = config(name, **settings)
+    act = module.policy(own)
+
+    def draw(state, obs):
+        once = lambda key: act(state, None, obs, jnp.zeros(len(obs)), key)[0][:, 0]  # noqa: E731
+        return jax.vmap(once, out_axes=1)(jax.random.split(jax.random.key(0), samples))
+
+    return each(draw, state, obs)
 
 
 def on_the_ledge(state, x):
@@ -465,6 +496,104 @@ def ceiling(updates=3000, seeds=3, means=(-0.5, -0.25, 0.0, 0.25, 0.5), efforts=
     return found
 
 
+CLONE = dict(clone_updates=1000, clone_lr=3e-3, warm_start=200)  # of BRAC
+ACTOR_CRITIC = dict(gamma=GAMMA, actor_lr=1e-3, critic_lr=3e-3, polyak=0.02)
+BRAC = ACTOR_CRITIC | CLONE | dict(actor_widths=(32,))
+
+
+def divergence(state, obs, own):
+    """BRAC's D (N,) at obs (N, D). own: its module and config."""
+    module, cfg = own
+    return module.draw(state.actor.params, state, obs, None, jax.random.key(1), cfg)[2]
+
+
+def moved(updates=2000, seeds=3, alpha=0.2):
+    """BRAC's Q with the penalty in the value and in the reward, at pairs of the corridor.
+
+    {"Q of the value", "alpha D", "Q of the reward"}: one number for each seed, place and action;
+    {"values"}: of the policies at the middle place, by penalty.
+    """
+    rng, eye, actions = np.random.default_rng(0), np.eye(len(PLACES)), np.linspace(*SEEN, 8)
+    data, found = corridor_data(rng, rng.uniform(*SEEN, 20_000)), {"values": {}}
+    pairs = np.repeat(eye, len(actions), 0), np.tile(actions, len(eye))[:, None]
+    for penalty in ("value", "reward"):
+        settings = BRAC | dict(penalty=penalty, alpha=alpha)
+        state = trained("brac", data, "alpha", [alpha], updates=updates, seeds=seeds, **settings)
+        q = each(q_value, state, *pairs)[0]  # (S, pairs)
+        action = chosen_actions("brac", state, eye, 1, **settings).mean(-1)
+        found["values"][penalty] = spread(corridor_value(action)[0, :, MIDDLE])
+        found[f"Q of the {penalty}"] = q.ravel()
+        if penalty == "value":
+            d = each(
+                partial(divergence, own=config("brac", **settings, num_samples=400)), state, eye
+            )
+            found["alpha D"] = alpha * np.repeat(d[0], len(actions), 1).ravel()
+    return found
+
+
+GOOD, BAD, NOISE = 0.2, -0.6, 0.05  # mean actions of two behaviours on the ledge, their deviation
+CONSTRAINED = dict(gamma=LEDGE_GAMMA, widths=(32, 32), polyak=0.02, actor_lr=1e-3, critic_lr=1e-3)
+CLONED = CONSTRAINED | CLONE | dict(actor_widths=(32, 32))
+MATCHED = CONSTRAINED | dict(vae_widths=(32, 32), warm_start=200, sigma=1.0)
+
+
+def acting(name, state, settings):
+    """Of each run's policy on the ledge (V, S): mean action, what it earns, share of actions beyond
+    the edge."""
+    action = chosen_actions(name, state, GRID[:, None], 10, **settings)
+    earned = ledge_value(action).mean(-1)
+    return {
+        "action": action.mean((2, 3)),
+        "earned": earned,
+        "beyond": np.mean(action > EDGE, (2, 3)),
+    }
+
+
+def support(updates=1500, seeds=2, kl=(0.1, 0.3, 1.0, 3.0), mmd=(0.3, 1.0, 3.0, 10.0)):
+    """What policies earn on the ledge, whose data are wide and dull: held to the data's density by
+    BRAC, at several weights, and to its support by BEAR and BCQ."""
+    data, found = ledge_data(), {"best": ledge_best().mean(), "runs": {}}
+    found["behaviour"] = ledge_value(np.tile(np.linspace(*TRIED, 40), (len(GRID), 1))).mean()
+    bcq = dict(gamma=LEDGE_GAMMA, widths=(32, 32), polyak=0.02, lr=1e-3, vae_widths=(32, 32))
+    runs = [  # name, settings, field that varies, its values, their labels
+        ("brac", CLONED, "alpha", kl, [f"KL\n{alpha:g}" for alpha in kl]),
+        ("brac", CLONED | dict(divergence="mmd", sigma=0.3), "alpha", mmd,
+         [f"MMD\n{alpha:g}" for alpha in mmd]),
+        ("bear", MATCHED | dict(multiplier_lr=0.01), "eps", [0.05], ["BEAR"]),
+        ("bcq", bcq, "lam", [0.75], ["BCQ"]),
+        ("bcq", bcq | dict(phi=0.3), "lam", [0.75], ["BCQ\nphi 0.3"]),
+    ]  # fmt: skip
+    for name, settings, field, values, labels in runs:
+        state = trained(name, data, field, values, updates=updates, seeds=seeds, **settings)
+        how = {k: spread(v) for k, v in acting(name, state, settings).items()}
+        for i, label in enumerate(labels):
+            found["runs"][label] = {k: {m: x[i] for m, x in v.items()} for k, v in how.items()}
+    return found
+
+
+def two_behaviours(updates=1500, seeds=3, shares=(0.0, 0.25, 0.5, 0.75)):
+    """Mean action and earnings on the ledge of policies learned from data of two behaviours at the
+    same positions, by the share of the bad one."""
+    rng, rows = np.random.default_rng(0), 8000
+
+    def mixture(share):
+        mean = np.where(rng.random(rows) < share, BAD, GOOD)
+        return ledge_rows(rng.uniform(-1, 1, rows), rng.normal(mean, NOISE))
+
+    data = jax.tree.map(lambda *x: np.stack(x), *map(mixture, shares))
+    runs = {
+        "CQL": ("cql", CONSTRAINED | dict(num_actions=4, alpha=1.0)),
+        "BRAC": ("brac", CLONED | dict(alpha=1.0)),
+        "BEAR": ("bear", MATCHED),
+    }
+    found = {"shares": shares, "actions": {"the good behaviour": GOOD, "the bad one": BAD}}
+    for who, (name, settings) in runs.items():
+        state = trained(name, data, updates=updates, seeds=seeds, **settings)
+        how = acting(name, state, settings)
+        found[who] = {"each action": how["action"]} | {k: spread(v) for k, v in how.items()}
+    return found
+
+
 # --- The crossroads of stitching.py ---
 
 
@@ -513,8 +642,29 @@ def stitched(updates=4000, seeds=5, lams=(0.0, 0.5, 0.95, 1.0)):
     return found
 
 
+def ensembles(updates=3000, seeds=3, members=(2, 10), etas=(0.0, 1.0)):
+    """At stitching.py's A, by N and eta: the return that Q predicts of the policy's action, the
+    discounted return that the policy earns, and the share of episodes that arrive at C."""
+    data, cfg = stitching.dataset(), stitching.Config(updates=updates, seeds=seeds)
+    gamma, found = stitching.TD["gamma"], {"members": members, "etas": etas}
+    found["best"] = stitching.PAYS["C"] * gamma**7  # on the eighth step
+    rows = {"predicted": [], "earned": [], "to C": []}
+    for n, eta in itertools.product(members, etas):
+        act, state = stitching.train("EDAC", data, cfg, num_critics=n, eta=eta)
+        path, returns = stitching.episodes_from_a(act, state, cfg)
+        action, _ = act(state, None, path[0], None, jax.random.key(0))
+        q = jax.vmap(lambda s, *x: s.critic.apply_fn(s.critic.params, *x).min(0))
+        rows["predicted"].append(np.mean(q(state, path[0], action), 1))
+        steps = np.any(np.diff(path, axis=0), -1).sum(0)
+        rows["earned"].append(np.mean(returns * gamma ** (steps - 1.0), 1))
+        rows["to C"].append(np.mean(returns == stitching.PAYS["C"], 1))
+    shape = len(members), len(etas), seeds
+    return found | {name: spread(np.reshape(x, shape)) for name, x in rows.items()}
+
+
 CLAIMS = {"naive": naive, "cql": conservative, "iql": implicit}
 CLAIMS |= {"awac": weighted, "combo": model_based, "bc": ceiling, "awr": stitched}
+CLAIMS |= {"support": support, "behaviours": two_behaviours, "brac": moved, "edac": ensembles}
 
 
 def plain(x):

@@ -151,6 +151,53 @@ def awr(found, axis):
     axis.set(xlim=(-0.5, len(names)), ylabel="advantage at A: towards B less towards F")
 
 
+def support(found, axis):
+    levels(axis, {name: (found[name], "0.5") for name in ("best", "behaviour")})
+    for x, (label, run) in enumerate(found["runs"].items()):
+        colour = {"KL": "C3", "MM": "C1", "BE": "C2", "BC": "C0"}[label[:2]]
+        dots(axis, x, {k: [v] for k, v in run["earned"].items()}, None, colour)
+        earned, words = run["earned"]["mean"], f"{run['beyond']['mean']:.0%}"
+        if earned < -19:  # below the picture
+            earned, words = -19, f"earns {earned:.0f},\n{words}"
+        axis.annotate(words, (x, earned), (7, -3), textcoords="offset points", fontsize=8)
+    axis.set_xticks(range(len(found["runs"])), found["runs"], fontsize=9)
+    axis.set(xlim=(-0.5, len(found["runs"]) + 0.5), ylim=(-20, 16), ylabel="value of the policy")
+
+
+def behaviours(found, axis):
+    levels(axis, {name: (a, "0.5") for name, a in found["actions"].items()})
+    shares = np.array(found["shares"])
+    for i, (who, colour) in enumerate((("CQL", "C0"), ("BRAC", "C3"), ("BEAR", "C2"))):
+        each = np.array(found[who]["each action"])  # a dot for each seed
+        x = np.repeat(shares[:, None] + 0.02 * (i - 1), each.shape[1], 1)
+        axis.scatter(x, each, 25, colour, lw=0, label=f"{who.lower()}.py")
+    axis.set(xlabel="share of the bad behaviour in the data", ylabel="mean action of the policy")
+    axis.legend(fontsize=9, loc="lower left")
+
+
+def brac(found, axis):
+    v, d, r = (np.array(found[x]) for x in ("Q of the value", "alpha D", "Q of the reward"))
+    axis.scatter(v, r, 9, "0.6", lw=0, label="against Q with the penalty in the value")
+    axis.scatter(v - d, r, 9, "C0", lw=0, label="against that Q less alpha D(s)")
+    low, high = min(r.min(), (v - d).min()), max(v.max(), r.max())
+    axis.plot([low, high], [low, high], color="0.3", lw=1, ls="--")
+    axis.set(xlabel="Q, or Q - alpha D(s): penalty in the value", ylabel="Q: penalty in the reward")
+    axis.legend(fontsize=9)
+
+
+def edac(found, axis):
+    levels(axis, {"the best path": (found["best"], "C2")})
+    for i, (eta, colour) in enumerate(zip(found["etas"], ("C1", "C0"), strict=True)):
+        who, x = "EDAC" if eta else "SAC-N", np.arange(len(found["members"])) + 0.12 * i
+        for what, style in (("predicted", {}), ("earned", dict(mfc="w"))):
+            seeds = {k: np.array(v)[:, i] for k, v in found[what].items()}
+            verb = {"predicted": "predicts", "earned": "earns"}[what]
+            dots(axis, x, seeds, f"{who} {verb}", colour, **style)
+    axis.set_xticks(range(len(found["members"])), [f"{n:g}" for n in found["members"]])
+    axis.set(xlabel="critics", ylabel="discounted return from A")
+    axis.legend(fontsize=9)
+
+
 PICTURES = {  # name: (its panels, its title)
     "naive": (naive, "Naive off-policy learning (SAC) overestimates actions outside the data;\n"
               "conservative Q-learning (CQL) does not"),
@@ -165,4 +212,14 @@ PICTURES = {  # name: (its panels, its title)
            "IQL goes beyond on the same data"),
     "awr": (awr, "AWR's advantage is what the data earned after an action, with any lambda;\n"
             "AWAC's is what its own policy will earn: it alone joins two paths"),
+    "support": (support,
+                "Where the data are wide and dull, KL holds the policy back more than MMD;\n"
+                "in per cent the share of actions beyond the data"),
+    "behaviours": (behaviours,
+                   "Two behaviours at the same places: BRAC acts between them, without data;\n"
+                   "CQL acts like one of them, but not always the better one"),
+    "brac": (brac, "With the penalty in the reward, BRAC's Q is less by alpha D(s),\n"
+             "which no action changes: the policy is the same"),
+    "edac": (edac, "More critics predict less, but SAC-N fails all the same;\n"
+             "EDAC pushes their gradients apart, predicts too little and arrives"),
 }  # fmt: skip

@@ -10,12 +10,14 @@ The best path from A leads over B to C. It is in no episode, but each of its ste
 method that learns the value of states finds it. A method that takes episodes as a whole sees at
 most 5 from A and goes to F.
 
-    python -m benchmarks.studies.stitching    # trains all methods
+    python -m benchmarks.studies.stitching                    # trains all methods
+    python -m benchmarks.studies.stitching --only BCQ BEAR    # some; keeps the others' results
 
-Writes stitching.json and stitching.png to benchmarks/results.
+Writes stitching.json and stitching.png to benchmarks/results, after each method.
 """
 
 import json
+import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from benchmarks.arrays import arrays
 from common import datasets, experiment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,12 +47,23 @@ DIFFUSER = dict(horizon=8, diffusion_steps=20, multiples=(1, 2), width=32, lr=1e
 DIFFUSER |= dict(guide_scale=3.0, guide_stop=1, samples=16, end_return=0.0, return_scale=10.0)
 DIFFUSER |= dict(num_updates=2000, eval_every=2000, ddim_steps=10, plan_every=2)
 AWR = dict(actor_lr=1e-3, critic_lr=0.05, std=0.4, temperature=0.3)
+VAE = TD | dict(vae_widths=(64, 64))
+BOTH = TD | dict(actor_lr=1e-3, critic_lr=1e-3)
+BRAC = dict(actor_widths=(64, 64), clone_updates=2000, clone_lr=1e-3, warm_start=1000)
 RUNS = {  # method: (file, settings)
     "BC": ("bc", SMALL),
     "%BC, best half": ("bc", SMALL | dict(fraction=0.5)),
     "DT, asked for 10": ("dt", DT),
     "RvS, asked for 10": ("rvs", SMALL | dict(target=10.0)),
     "Diffuser": ("diffuser", DIFFUSER),
+    "TD3+BC": ("td3_bc", TD | dict(lr=1e-3)),
+    "ReBRAC": ("rebrac", BOTH),
+    "ReBRAC, beta 0.1": ("rebrac", BOTH | dict(beta1=0.1, beta2=0.1)),
+    "SAC": ("sac", BOTH),
+    "EDAC": ("edac", BOTH),
+    "BCQ": ("bcq", VAE),
+    "BEAR": ("bear", VAE | dict(warm_start=1000)),
+    "BRAC, alpha 1": ("brac", BOTH | BRAC | dict(alpha=1.0)),
     "AWR": ("awr", TD | AWR),
     "AWAC": ("awac", TD | dict(lr=1e-3)),
     "IQL": ("iql", TD | dict(lr=1e-3, tau=0.9)),
@@ -61,6 +75,7 @@ RUNS = {  # method: (file, settings)
 
 @dataclass(frozen=True)
 class Config:
+    only: tuple[str, ...] = tuple(RUNS)  # methods to train
     updates: int = 8000  # gradient steps, unless RUNS says otherwise
     seeds: int = 3  # of each method, trained together
     episodes: int = 20  # from A, for each seed
@@ -124,18 +139,13 @@ def train(who, data, cfg, **more):
     """(policy, states of all seeds) of a method of RUNS, trained as by its file's `train`."""
     name, _ = RUNS[who]
     module, own = resolved(who, data, cfg, **more)
-    chunk, batch = partial(module.train_chunk, cfg=own), data.transitions()
-    if name in ("dt", "diffuser"):
-        batch = data.steps(getattr(own, "gamma", 1.0))
-    if name == "rvs":
-        batch = module.hindsight(data, own)
-    if name == "bc":
-        rows = module.best_episodes(data, own.fraction)
-        batch = jax.tree.map(lambda x: x[rows], batch)
+    chunk, batch = partial(module.train_chunk, cfg=own), arrays(module, data, own)
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.seeds))
-    state = jax.jit(jax.vmap(partial(module.init, cfg=own), (0, None)))(keys, batch)
-    if name == "awr":
-        batch = module.Episodes(batch, data.start + data.length - 1)
+    state = jax.jit(jax.vmap(partial(module.init, cfg=own), (0, None)))(
+        keys, getattr(batch, "rows", batch)
+    )
+    if name == "brac":
+        state = module.clone_behaviour(keys, state, batch, own, lambda line: None)
     if name == "combo":
         state = state.replace(dynamics=module.fit_dynamics(keys, batch, own, lambda line: None))
         chunk = partial(chunk, terminal=ended)
@@ -163,15 +173,15 @@ def episodes_from_a(act, state, cfg):
 def plot(data, paths, path):
     """Draws the data, then a panel for each method with its paths from A.
 
-    paths: {title: positions (episodes, LIMIT + 1, 2)}.
+    paths: {title: positions (points, 2) of each episode}.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = (len(paths) + 2) // 2
-    figure, axes = pyplot.subplots(2, columns, figsize=(2.6 * columns, 5.6))
+    columns = len(paths) // 3 + 1
+    figure, axes = pyplot.subplots(3, columns, figsize=(2.6 * columns, 8.4))
     ways = {"the data": [], **paths}
     for start, length in zip(data.start, data.length, strict=True):
         rows = slice(start, start + length)
@@ -192,22 +202,45 @@ def plot(data, paths, path):
     pyplot.close(figure)
 
 
+def shown(path):
+    """Twenty paths (LIMIT + 1, S, E, 2) up to their ends, in hundredths, for JSON."""
+    lines = np.round(100 * path.reshape(LIMIT + 1, -1, 2).swapaxes(0, 1)).astype(int)
+    lines = lines[:: len(lines) // 20]
+    ends = [np.flatnonzero(np.any(np.diff(x, axis=0), 1)).max(initial=0) + 2 for x in lines]
+    return [line[:end].tolist() for line, end in zip(lines, ends, strict=True)]
+
+
+def draw(data, runs, path):
+    """The picture of what stitching.json holds. runs: {method: its entry}."""
+    lines = {}
+    for who in (who for who in RUNS if "paths" in runs.get(who, {})):
+        title = f"{who}: {runs[who]['to_C']:.0%} to C"
+        lines[title] = [np.array(x) / 100 for x in runs[who]["paths"]]
+    plot(data, lines, path)
+
+
 def main(cfg: Config):
-    data, found, paths = dataset(cfg.seed), {}, {}
-    for who in RUNS:
+    results, data = Path(cfg.results), dataset(cfg.seed)
+    results.mkdir(parents=True, exist_ok=True)
+    file = results / "stitching.json"
+    runs = json.loads(file.read_text("utf-8"))["runs"] if file.exists() else {}
+    settings = {k: v for k, v in vars(cfg).items() if k not in ("results", "only")}
+    facts = experiment.machine()
+    for who in cfg.only:
         path, returns = episodes_from_a(*train(who, data, cfg), cfg)
         ends = {p: float((returns == PAYS[p]).mean()) for p in ("C", "F")}
-        found[who] = {"return": float(returns.mean()), "to_C": ends["C"], "to_F": ends["F"]}
-        paths[f"{who}: {ends['C']:.0%} to C"] = path.reshape(LIMIT + 1, -1, 2).swapaxes(0, 1)
+        runs[who] = {"return": float(returns.mean()), "to_C": ends["C"], "to_F": ends["F"]}
+        runs[who] |= {"commit": facts["commit"], "paths": shown(path)}
         print(
             f"{who:24} return {returns.mean():5.2f}  to C {ends['C']:4.0%}  to F {ends['F']:4.0%}"
         )
-    results = Path(cfg.results)
-    results.mkdir(parents=True, exist_ok=True)
-    settings = {k: v for k, v in vars(cfg).items() if k != "results"}
-    record = experiment.machine() | {"config": settings, "runs": found}
-    (results / "stitching.json").write_text(json.dumps(record, indent=1) + "\n", "utf-8")
-    plot(data, paths, results / "stitching.png")
+        runs = {who: runs[who] for who in RUNS if who in runs}
+        text = json.dumps(facts | {"config": settings, "runs": runs}, indent=1)
+        text = re.sub(
+            r"(?<=[\[,])\n\s+(?=[-\d\[])|(?<=[\d\]])\n\s+(?=\])", "", text
+        )  # paths: one line
+        file.write_text(text + "\n", "utf-8")
+        draw(data, runs, results / "stitching.png")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     dataset = datasets.load("halfcheetah-medium-v2")  # or "mujoco/hopper/medium-v0", or "my.hdf5"
     dataset = datasets.from_arrays(obs, action, reward, done, timeout)  # or arrays in memory
+    dataset = datasets.load(["hopper-medium-v2", "hopper-expert-v2"])  # or several, joined
     data = dataset.transitions()  # a Batch; for sequence models: dataset.steps() and windows
 
 This command shows what is in a dataset:
@@ -14,7 +15,7 @@ Loaded arrays are kept in $XDG_CACHE_HOME/stillwater or ~/.cache/stillwater, saf
 from common.datasets.checked import CheckedFile, DatasetError
 from common.datasets.d4rl import REFERENCE, Source
 from common.datasets.dataset import Batch, Dataset, Steps, windows
-from common.datasets.loading import from_arrays, load, read
+from common.datasets.loading import from_arrays, join, load, read
 
 __all__ = [
     "REFERENCE",
@@ -25,6 +26,7 @@ __all__ = [
     "Source",
     "Steps",
     "from_arrays",
+    "join",
     "load",
     "read",
     "windows",

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from common import datasets
-from common.experiment import plots, printable, runtime
+from common.experiment import files, plots, printable, runtime
 
 
 def show(data):
@@ -68,7 +68,9 @@ def draw(data, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    known = FigureCanvasAgg(figure).get_supported_filetypes()
+    if path.suffix[1:] not in known:
+        raise datasets.DatasetError(f"--plot {path}: the name must end in .{', .'.join(known)}.")
     axes = figure.subplots(2, 2)
     title = f"{data.name}: {len(data.obs):,} transitions, {len(data.start):,} episodes"
     figure.suptitle(printable(title), parse_math=False)
@@ -122,8 +124,8 @@ def main(
     data = datasets.load(name, env_id)
     show(data)
     if plot:
-        plot.parent.mkdir(parents=True, exist_ok=True)
-        draw(data, plot)
+        with files.asked_for("--plot", plot):
+            draw(data, plot)
 
 
 if __name__ == "__main__":

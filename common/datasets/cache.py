@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.datasets import arrow
 from common.experiment import files
 
 FORMAT = 4  # increased whenever the arrays read from a file change
@@ -25,7 +26,9 @@ def place(source, env):
 
     Its name changes with the files and with everything else that the arrays depend on.
     """
-    sources = [source.path, source.path.with_name("metadata.json")]
+    sources = [source.path, source.metadata]
+    if source.path.is_dir():
+        sources = [source.metadata, *arrow.paths(source.path)]
     stats = [f.stat() for f in sources if f.is_file()]
     # an edit can keep size and mtime, but not ctime
     stats = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in stats]

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import h5py
@@ -21,6 +22,7 @@ MAGIC = b"\x89HDF\r\n\x1a\n"  # first bytes of an HDF5 file
 MEMORY = 16 * 2**30  # bytes that the arrays of one file may take
 COPIES = 4  # of these arrays exist while episodes are made
 DEFLATE = 1100  # the best compression ratio of gzip, about
+REMEDY = "Encode them as columns (N, D) and call datasets.from_arrays"
 
 
 class DatasetError(experiment.UserError):
@@ -34,11 +36,8 @@ class CheckedFile:
         self.path, self.left = path, min(MEMORY, runtime.free_memory() // COPIES)
         self.notes, self.ordered = [], True
         try:
-            with open(path, "rb") as file:
-                head = file.read(8)
-            if head != MAGIC:
-                raise DatasetError(f"{path}: {what_else(path, head)}")
             self.bytes = path.stat().st_size
+            check_magic(path, self.bytes)
             self.file = h5py.File(path, "r", locking=False)
         except Exception as error:  # h5py raises many kinds for a damaged file, here and below
             raise DatasetError(f"{path}: cannot be opened: {error}") from None
@@ -87,6 +86,20 @@ class CheckedFile:
             raise self.refusal(field, f"cannot be read: {error}") from None
         return here
 
+    def is_column(self, field, item, ndim):
+        """Whether `item` is a column (N, 1) of numbers where (N,) is asked for.
+
+        Refuses what is not an array of numbers with `ndim` axes.
+        """
+        kind, shape = item.dtype, item.shape
+        if kind.kind not in "fiub":
+            raise self.refusal(field, f"holds {kind} values, not numbers")
+        if ndim == 1 and shape is not None and len(shape) == 2 and shape[1] == 1:
+            return True
+        if shape is None or len(shape) != ndim or 0 in shape[1:]:
+            raise self.refusal(field, wrong_shape(shape, kind, ndim))
+        return False
+
     def stored(self, field, ndim):
         """Numbers at `field`, of their own dtype, `ndim` axes; only the first may have length 0."""
         item = self.item(field)
@@ -95,12 +108,7 @@ class CheckedFile:
         try:
             if item.is_virtual or item.external:
                 raise self.refusal(field, "its data are in other files, which are not opened")
-            if item.dtype.kind not in "fiub":
-                raise self.refusal(field, f"holds {item.dtype} values, not numbers")
-            shape = item.shape
-            is_column = ndim == 1 and shape is not None and len(shape) == 2 and shape[1] == 1
-            if not is_column and (shape is None or len(shape) != ndim or 0 in shape[1:]):
-                raise self.refusal(field, wrong_shape(shape, item.dtype, ndim))
+            is_column = self.is_column(field, item, ndim)
             size = math.prod(item.shape)
             need = item.dtype.itemsize * max(size, math.prod(item.chunks or (1,)))
             if need > DEFLATE * self.bytes + 2**16 or need > self.left:
@@ -120,7 +128,7 @@ class CheckedFile:
     def array(self, field, ndim):
         """The numbers at `field` as float32, all finite."""
         raw = self.stored(field, ndim)
-        with np.errstate(over="ignore"):  # a number too large for float32 becomes inf
+        with np.errstate(over="ignore", invalid="ignore"):  # too large for float32 becomes inf
             values = raw.astype(np.float32, copy=False)
         finite = np.isfinite(values)
         if not finite.all():
@@ -144,20 +152,17 @@ class CheckedFile:
         dict gives its vectors in the order of their names.
         """
         group = self.item(field)
-        if isinstance(group, h5py.Group) and "achieved_goal" not in group:
-            parts = [self.array(f"{field}/{name}", 2) for name in sorted(group)]
-            if not parts or len(set(map(len, parts))) > 1:
-                raise self.refusal(field, "its parts differ in length, or there are none")
-            values = np.concatenate(parts, 1)
-        elif isinstance(group, h5py.Group):
-            names = ("achieved_goal", "observation", "desired_goal")
-            place, seen, goal = (self.array(f"{field}/{name}", 2) for name in names)
-            if len({len(place), len(seen), len(goal)}) > 1:
-                raise self.refusal(field, f"{', '.join(names)} differ in length")
-            located = np.array_equal(seen[:, : place.shape[1]], place)
-            values = np.concatenate([seen, goal] if located else [place, seen, goal], 1)
-        else:
+        try:
+            names = sorted(group) if isinstance(group, Mapping) else None
+        except Exception as error:
+            raise self.refusal(field, f"cannot be listed: {error}") from None
+        if names is None:
             values = self.array(field, 2)
+        else:
+            parts = {name: self.array(f"{field}/{name}", 2) for name in names}
+            if len(set(map(len, parts.values()))) != 1:
+                raise self.refusal(field, "its parts differ in length, or there are none")
+            values = join_parts(parts)
         if (values.shape[1], env.obs_dim) == (111, 27) and not values[:, 27:].any():
             values = values[:, :27]  # D4RL's Ant has contact forces, all zero; v4 has none
         if env.obs_dim and values.shape[1] != env.obs_dim:
@@ -199,21 +204,31 @@ class CheckedFile:
             raise DatasetError(f"{self.path}: numbers of rows differ: {rows}")
 
 
-def what_else(path, head):
-    """The message for a file that does not begin with MAGIC; head: its first bytes."""
-    for start in (512, 1024, 2048, 4096, 8192):
-        with open(path, "rb") as file:
+def join_parts(parts):
+    """One array (N, D) of a dict of observations. parts: {name: (N, d)} in the order of names."""
+    if parts.keys() == {"achieved_goal", "observation", "desired_goal"}:
+        place, goal, seen = parts.values()
+        located = np.array_equal(seen[:, : place.shape[1]], place)
+        return np.concatenate([seen, goal] if located else [place, seen, goal], 1)
+    return np.concatenate(list(parts.values()), 1)
+
+
+def check_magic(path, size):
+    """Raises ValueError unless a file of `size` bytes has MAGIC, if need be after a user block."""
+    with open(path, "rb") as file:
+        for start in (0, *(2**k for k in range(9, size.bit_length()))):
             file.seek(start)
             if file.read(8) == MAGIC:
-                how = "`h5unjam -i OLD -u BLOCK -o NEW.hdf5` removes it"
-                return f"an HDF5 file behind a user block of {start} bytes: {how}"
-    return f"not an HDF5 file (it begins with {head!r})"
+                return
+        file.seek(0)
+        raise ValueError(f"not an HDF5 file (it begins with {file.read(8)!r})")
 
 
 def wrong_shape(shape, dtype, ndim):
     """The message for an array that does not have `ndim` axes."""
     if ndim == 2 and shape is not None and len(shape) == 1 and dtype.kind in "iub":
-        return f"has shape {shape} and whole numbers: discrete actions or states are not read"
+        why = "discrete actions or states, but the algorithms here take vectors"
+        return f"has shape {shape} and whole numbers: {why}. {REMEDY}, one column a value"
     if ndim == 2 and shape is not None and len(shape) > 2:
-        return f"has shape {shape}: images are not read, only vectors (N, D)"
+        return f"has shape {shape}: images, but the algorithms here take vectors. {REMEDY}"
     return f"has shape {shape}, needs {ndim} axes"

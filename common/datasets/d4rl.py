@@ -39,13 +39,19 @@ KITCHENS = {  # name: part of the file's name
 class Source(NamedTuple):
     """A dataset's file and what is known about it before it is opened."""
 
-    path: Path | str  # of the HDF5 file; relative to D4RL_HOST until the file is found
+    path: Path | str  # of the HDF5 file (arrow: the folder); relative to D4RL_HOST until found
     layout: str = "D4RL"  # or "HDF5", a user's file in the same layout, or "Minari"
     env_id: str = ""  # Gymnasium id to score on
     ref: tuple[float, float] | None = None  # returns that score 0 and 100
     limit: int = 0  # time limit of an episode in steps; 0: unknown
     size: int = 0  # bytes; 0: unknown
     sha256: str = ""  # "": unknown
+
+    @property
+    def metadata(self) -> Path:
+        """Minari's metadata.json."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        return folder / "metadata.json"
 
 
 @functools.cache

@@ -12,11 +12,12 @@ import zlib
 import h5py
 import numpy as np
 
-GZIP, SHUFFLE, FLETCHER32 = 1, 2, 3  # HDF5's numbers of the supported filters
+GZIP, SHUFFLE, FLETCHER32, LZF = 1, 2, 3, 32000  # HDF5's numbers of the supported filters
 
 NAMES = {
-    1: "gzip", 2: "shuffle", 3: "fletcher32", 4: "szip", 5: "nbit", 6: "scaleoffset",
-    32000: "lzf", 32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd", 32026: "blosc2",
+    GZIP: "gzip", SHUFFLE: "shuffle", FLETCHER32: "fletcher32", 4: "szip", 5: "nbit",
+    6: "scaleoffset", LZF: "lzf", 32001: "blosc", 32004: "lz4", 32008: "bitshuffle", 32015: "zstd",
+    32026: "blosc2",
 }  # fmt: skip
 
 
@@ -39,17 +40,19 @@ def array(path, item):
         with open(path, "rb") as file:
             values = np.fromfile(file, kind, item.size, offset=item.id.get_offset())
         return values.reshape(item.shape)
-    if how.get_layout() == h5py.h5d.COMPACT:
-        why = "is stored in the file's header (compact storage)"
-        raise NotStored(f"{why}: `h5repack -l CONTI OLD.hdf5 NEW.hdf5` writes a file that is read")
+    if how.get_layout() == h5py.h5d.COMPACT:  # in the file's header, which libhdf5 has checked
+        values = np.empty(item.shape, kind)
+        item.id.read(h5py.h5s.ALL, h5py.h5s.ALL, values, item.id.get_type())
+        return values
     if how.get_layout() != h5py.h5d.CHUNKED:
         raise NotStored("is declared but was never written")
     filters = [how.get_filter(i) for i in range(how.get_nfilters())]
     names = [name for name, *_ in filters]
-    if set(names) - {GZIP, SHUFFLE, FLETCHER32} or len(set(names)) < len(names):
+    if set(names) - {GZIP, SHUFFLE, FLETCHER32, LZF} or len(set(names)) < len(names):
         told = ", ".join(NAMES.get(name, str(name)) for name in names)
         how = "`h5repack -f GZIP=4 OLD.hdf5 NEW.hdf5` writes a file that is read"
-        raise NotStored(f"is packed by {told}; only gzip, shuffle and fletcher32 are read: {how}")
+        how += ", with the plugin of that filter" if max(names) > 255 else ""
+        raise NotStored(f"is packed by {told}; gzip, lzf, shuffle and fletcher32 are read: {how}")
     values, step, chunks = np.empty(item.shape, kind), item.chunks, []
     grid = [range(0, n, size) for n, size in zip(item.shape, step, strict=True)]
     if item.id.get_num_chunks() != math.prod(map(len, grid)):
@@ -86,6 +89,8 @@ def unpack(raw, filters, skipped, size):
             raw = packed.decompress(raw, size + 8)  # no bomb; 4 bytes are fletcher32's
             if not packed.eof:
                 raise ValueError("a compressed chunk has no end")
+        elif name == LZF:
+            raw = unpack_lzf(raw, size)
         elif name == SHUFFLE and (width := parameters[0]) > 1:  # all first bytes come first
             whole = len(raw) - len(raw) % width
             raw = np.frombuffer(raw[:whole], np.uint8).reshape(width, -1).T.tobytes() + raw[whole:]
@@ -98,3 +103,28 @@ def unpack(raw, filters, skipped, size):
     if len(raw) != size:
         raise ValueError(f"a chunk has {len(raw):,} bytes, not {size:,}")
     return raw
+
+
+def unpack_lzf(raw, most):
+    """The bytes that LZF packed: literals, and copies of what came up to 8 KiB before.
+
+    most: bytes, about, after which it stops. Raises ValueError.
+    """
+    out, at = bytearray(), 0
+    while at < len(raw) and len(out) <= most:
+        length, first = raw[at] >> 5, raw[at]
+        if length == 0:  # the next 1 to 32 bytes as they are
+            out += raw[at + 1 : at + 2 + first]
+            at += 2 + first
+            continue
+        long = length == 7
+        if at + long + 1 >= len(raw):
+            raise ValueError("a compressed chunk has no end")
+        length += 2 + (raw[at + 1] if long else 0)
+        back = ((first & 31) << 8 | raw[at + long + 1]) + 1
+        if back > len(out):
+            raise ValueError("a compressed chunk copies bytes from before its start")
+        part = bytes(out[-back:][:length])
+        out += (part * (length // back + 1))[:length]  # a copy may overlap itself
+        at += 2 + long
+    return bytes(out)

@@ -1,34 +1,42 @@
 """From a dataset's name to a Dataset: find the file, read it, cut it into episodes, cache it."""
 
+import hashlib
+import os
 import sys
 
 import numpy as np
 
 from common import evaluation
-from common.datasets import cache, checked, memory, readers, recorded, sources
+from common.datasets import arrow, cache, checked, memory, readers, recorded, sources
 from common.datasets.checked import DatasetError
 from common.datasets.d4rl import REFERENCE, Source
 from common.datasets.dataset import Dataset
 from common.experiment import printable, runtime
 
 
-def load(name: str, env_id: str = "") -> Dataset:
+def load(name: str | list[str], env_id: str = "") -> Dataset:
     """The Dataset `name`: a D4RL name, a Minari id, or a path to an HDF5 file in D4RL's layout.
 
+    Several names, in a list or separated by commas, are joined as by `join`.
     env_id: Gymnasium id to score a file on, with options or without, as in
     'Hopper-v5 {"max_episode_steps": 200}'; other datasets have their own. Notes about the data go
     to stderr. Raises DatasetError if the dataset cannot be found or read.
     """
+    if isinstance(name, str) and "," in name and not os.path.exists(os.path.expanduser(name)):
+        name = name.split(",")
+    if not isinstance(name, str):
+        return join([load(one.strip(), env_id) for one in name])
     source, origin = sources.find(name, env_id)
     metadata = {}
     if source.layout == "Minari":
-        metadata = readers.read_metadata(source.path.with_name("metadata.json"))
+        metadata = readers.read_metadata(source.metadata)
     env, *told = recorded.environment(source, metadata)
     place = cache.place(source, env)
     kept = cache.read(place)
     if kept is None:
         try:
-            kept = read(checked.CheckedFile(source.path), source, env)
+            kind = arrow.ArrowFolder if source.path.is_dir() else checked.CheckedFile
+            kept = read(kind(source.path), source, env)
         except MemoryError:
             free = f"this machine has {runtime.free_memory():,} bytes of memory left"
             raise DatasetError(f"{source.path}: does not fit: {free}") from None
@@ -57,6 +65,61 @@ def from_arrays(
     return _dataset(name, arrays, facts, source, "memory", {}, env, *told)
 
 
+def join(parts: list[Dataset]) -> Dataset:
+    """One Dataset of all episodes of several datasets of one environment, in their order.
+
+    All rows count alike, so the largest part has the most weight. Whatever is computed from data
+    (standardised observations, scales of rewards and returns) is computed from all rows together;
+    the references of scores are those that the parts share. Raises DatasetError for parts that
+    differ in environment, sizes, references or units of actions.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    names, about = [part.name for part in parts], [part.provenance for part in parts]
+    first, joined = parts[0], ",".join(names)
+    for part in parts:
+        for what, ours in _kind(first).items():
+            if ours != (theirs := _kind(part)[what]):
+                told = f"{ours} of {first.name} and {theirs} of {part.name}"
+                raise DatasetError(f"datasets cannot be joined: their {what} differ, {told}.")
+    sums = [its["sha256"] for its in about]
+    if twice := [name for i, name in enumerate(names) if sums[i] in sums[:i]]:
+        raise DatasetError(f"{twice[0]}: is joined twice; its rows would count twice.")
+    arrays = {name: np.concatenate([getattr(x, name) for x in parts]) for name in cache.ARRAYS}
+    first_rows = np.cumsum([0, *(len(part.obs) for part in parts[:-1])])
+    arrays["start"] += np.repeat(first_rows, [len(part.start) for part in parts])
+    known = {its["verified"] for its in about}
+    facts = {key: ", ".join(dict.fromkeys(its[key] for its in about))
+             for key in ("file", "layout", "source")}  # fmt: skip
+    facts |= {
+        "ordered": all(its["ordered"] for its in about),
+        "sha256": hashlib.sha256("".join(sums).encode()).hexdigest(),
+        "verified": False if False in known else None if None in known else True,
+        "notes": [f"{x.name}: {note}" for x in parts for note in x.provenance["notes"]],
+        "timeouts": sum(its["timeouts"] for its in about),
+        "metadata": {},
+        "parts": [{"name": part.name, **part.provenance} for part in parts],
+    }
+    if not first.env_id:
+        facts["notes"].append("no environment is known: nothing shows that the data share one")
+        print(printable(f"{joined}: {facts['notes'][-1]}"), file=sys.stderr)
+    refs = first.ref_min, first.ref_max
+    return Dataset(joined, first.env_id, *arrays.values(), *refs, about[0] | facts)
+
+
+def _kind(data):
+    """{what joined datasets share, in words: its value}."""
+    shape, about = data.action.shape[1:], data.provenance
+    bounds = [np.broadcast_to(about[f"action_{end}"], shape).tolist() for end in ("low", "high")]
+    return {
+        "environments": data.env_id or "none",
+        "observations": data.obs.shape[1],
+        "actions": shape[0],
+        "references": (data.ref_min, data.ref_max),
+        "action bounds": bounds,
+    }
+
+
 def _dataset(name, arrays, facts, source, origin, metadata, env, bounds, notes):
     """The Dataset of checked arrays and facts; prints its notes."""
     for note in (notes := [*notes, *facts["notes"]]):
@@ -68,6 +131,7 @@ def _dataset(name, arrays, facts, source, origin, metadata, env, bounds, notes):
         "metadata": {key: metadata[key] for key in kept if key in metadata},
         "action_low": np.asarray(bounds[0], float).tolist(),
         "action_high": np.asarray(bounds[1], float).tolist(),
+        "is_drawn": env.is_drawn,
     }
     ref = reference(source, metadata, env.env_id)
     return Dataset(name, env.env_id, *arrays.values(), *ref, provenance)

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from common.datasets.checked import CheckedFile, DatasetError, wrong_shape
+from common.datasets.checked import CheckedFile, DatasetError
 
 FIELDS = {  # D4RL's name of a field: the argument of datasets.from_arrays
     "observations": "obs",
@@ -22,7 +22,7 @@ class Arrays(CheckedFile):
     def __init__(self, name, fields):
         self.path, self.notes, self.ordered, self._arrays = name, [], True, {}
         for stored, argument in FIELDS.items():
-            if fields[argument] is not None:
+            if fields.get(argument) is not None:
                 try:
                     self._arrays[stored] = np.asarray(fields[argument])
                 except ValueError as error:  # lists of unequal length
@@ -37,25 +37,19 @@ class Arrays(CheckedFile):
         return digest.hexdigest()
 
     def refusal(self, field, why):
-        return DatasetError(f"{self.path}: {FIELDS[field]}: {why}")
+        return DatasetError(f"{self.path}: {FIELDS.get(field, field)}: {why}")
 
     def item(self, field):
         return self._arrays.get(field)
 
     def stored(self, field, ndim):
         x = self.item(field)
-        if x is None:
-            raise self.refusal(field, "missing")
-        if x.dtype.kind not in "fiub":
-            raise self.refusal(field, f"holds {x.dtype} values, not numbers")
-        if ndim == 1 and x.ndim == 2 and x.shape[1] == 1:
-            return x[:, 0]
-        if x.ndim != ndim or 0 in x.shape[1:]:
-            raise self.refusal(field, wrong_shape(x.shape, x.dtype, ndim))
-        return x
+        if not isinstance(x, np.ndarray):
+            raise self.refusal(field, "missing" if x is None else "a dict, not an array")
+        return x[:, 0] if self.is_column(field, x, ndim) else x
 
     def same_length(self, sizes):
-        super().same_length({FIELDS[field]: size for field, size in sizes.items()})
+        super().same_length({FIELDS.get(field, field): size for field, size in sizes.items()})
 
     def close(self):
         """Nothing is open."""

@@ -7,7 +7,7 @@ import re
 import warnings
 from pathlib import Path
 
-from common.datasets import downloads
+from common.datasets import arrow, downloads
 from common.datasets.checked import DatasetError
 from common.datasets.d4rl import D4RL_HOST, D4RL_MIRROR, Source, d4rl_names
 
@@ -79,32 +79,32 @@ def find_d4rl(name, source):
     raise unavailable(name, tried, file, folders)
 
 
-def minari_path(path):
-    """The HDF5 file of a Minari dataset, from its folder or file `path`; None for other paths."""
-    for file in (path, path / "main_data.hdf5", path / "data/main_data.hdf5"):
-        if file.name == "main_data.hdf5" and file.is_file():
-            if not file.with_name("metadata.json").is_file():
-                raise old_minari(file)
-            return file.absolute()
-    if any((path / sub / "metadata.json").is_file() for sub in (".", "data")):
-        raise other_minari(path)
+def minari_data(folder):
+    """The HDF5 file of a Minari dataset, or `folder` in its arrow format; None if it has neither.
+
+    folder: the one that holds metadata.json. Raises DatasetError for the layout before 0.5.
+    """
+    file = folder / "main_data.hdf5"
+    if (folder / "metadata.json").is_file():
+        return file if file.is_file() else folder if arrow.paths(folder) else None
+    if file.is_file():
+        raise DatasetError(
+            f"{file}: a Minari dataset from before version 0.5, without metadata.json. Download it "
+            "again, or read it with h5py and call datasets.from_arrays."
+        )
     return None
 
 
-def old_minari(file):
-    """The DatasetError for a Minari dataset without metadata.json."""
-    return DatasetError(
-        f"{file}: a Minari dataset from before version 0.5, without metadata.json. Download it "
-        "again, or read it with h5py and call datasets.from_arrays."
-    )
-
-
-def other_minari(folder):
-    """The DatasetError for a Minari dataset without main_data.hdf5."""
-    return DatasetError(
-        f"{folder}: a Minari dataset without main_data.hdf5, probably in its arrow format. Only "
-        "HDF5 is read: load it with minari and call datasets.from_arrays."
-    )
+def minari_path(path):
+    """`minari_data` of a dataset's folder, its data folder or its file; None for other paths."""
+    path = path.absolute()
+    for folder in (path.parent,) if path.name == "main_data.hdf5" else (path, path / "data"):
+        if found := minari_data(folder):
+            return found
+        if (folder / "metadata.json").is_file():
+            why = "a Minari dataset without main_data.hdf5, .arrow or .parquet files"
+            raise DatasetError(f"{folder}: {why}.")
+    return None
 
 
 def minari_folder():
@@ -113,16 +113,10 @@ def minari_folder():
 
 
 def local_minari(name):
-    """(HDF5 file, origin) of a Minari dataset that is bundled or in minari's folder, or None."""
+    """(file or folder, origin) of a Minari dataset, bundled or in minari's folder, or None."""
     for folder, origin in ((BUNDLED, "bundled"), (minari_folder(), "local file")):
-        data = folder / name / "data"
-        has = [(data / file).is_file() for file in ("metadata.json", "main_data.hdf5")]
-        if all(has):
-            return data / "main_data.hdf5", origin
-        if has[1]:
-            raise old_minari(data / "main_data.hdf5")
-        if has[0] and any(data.glob("*.parquet")) | any(data.glob("**/*.arrow")):
-            raise other_minari(data)
+        if found := minari_data(folder / name / "data"):
+            return found, origin
     return None
 
 
@@ -153,7 +147,7 @@ def download_minari(name):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 downloads.patiently(work, lambda: downloads.size_of(minari_folder()))
-            tried[url] = "came without data/main_data.hdf5; only HDF5 is supported"
+            tried[url] = "came without main_data.hdf5, .arrow or .parquet files in data/"
         except Exception as error:  # errors of its HTTP client are not OSErrors
             tried[url] = f"{type(error).__name__}: {error}".splitlines()[0]
     return tried

@@ -11,7 +11,7 @@ import tyro
 from common import evaluation, experiment
 from common.evaluation import export as exports
 from common.evaluation import video as films
-from common.experiment import printable, runtime
+from common.experiment import files, printable, runtime
 
 
 def main(
@@ -57,13 +57,15 @@ def main(
         raise evaluation.EvaluationError(f"{run} cannot be scored: {why}.")
     if export:
         one = jax.tree.map(lambda x: x[seed], state)
-        path = exports.export(export, jax.jit(module.policy(cfg)), one, env_id, obs_dim)
-        print(printable(f"{path}: the policy of seed {cfg.seed + seed}"))
+        with files.asked_for("--export", export):
+            exports.export(export, jax.jit(module.policy(cfg)), one, env_id, obs_dim)
+        print(printable(f"{export}: the policy of seed {cfg.seed + seed}"))
         return
     act = jax.jit(jax.vmap(module.policy(cfg), (0, 0, 0, 0, None)))
     if video:
         act = functools.partial(act, jax.tree.map(lambda x: x[seed : seed + 1], state))
-        returns = films.film(act, env_id, video, episodes or 1)
+        with files.asked_for("--video", video):
+            returns = films.film(act, env_id, video, episodes or 1)
         print(printable(f"{video}: {env_id}, return {', '.join(f'{r:.1f}' for r in returns)}"))
         return
     act = functools.partial(act, state)

@@ -11,6 +11,7 @@ import difflib
 import io
 import json
 import os
+import traceback
 import warnings
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ class Env(NamedTuple):
     high: np.ndarray = np.float32([1])  # upper bounds
     limit: int = 0  # time limit of an episode in steps; 0: unknown
     clip: bool = False  # data may hold actions beyond the bounds, which the environment clips
+    is_drawn: bool = False  # whether it can render frames
 
 
 def make(env_id, **kwargs):
@@ -82,12 +84,16 @@ def inspect(env_id) -> Env:
     except Exception as error:  # an environment may raise anything
         raise EvaluationError(f"{env_id} cannot be used: {one_line(error)}") from None
     limit, action = env.spec.max_episode_steps, raw.action_space
-    return Env(env_id, size[0], action.low, action.high, limit)
+    is_drawn = "rgb_array" in (env.metadata or {}).get("render_modes", ())
+    return Env(env_id, size[0], action.low, action.high, limit, is_drawn=is_drawn)
 
 
 def one_line(error):
-    """The first line of an exception's message, or its name."""
-    return str(error).splitlines()[0] if str(error).strip() else type(error).__name__
+    """The first line of an exception's message; without one, its name and where it was raised."""
+    if lines := str(error).strip().splitlines():
+        return lines[0]
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {place.filename}, line {place.lineno}: {place.line}"
 
 
 def named(name, options):

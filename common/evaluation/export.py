@@ -25,7 +25,7 @@ each step; action (1, A) float32 in [-1, 1].
 
 
 def export(path, act, state, env_id, obs_dim):
-    """Writes one seed's policy to `path`: its Path.
+    """Writes one seed's policy to the Path `path`.
 
     act: (state, carry, obs, reward, key) -> (action, carry), as in `Policy`. A name that ends in
     .npz gives the arrays of a plain multilayer perceptron, in the environment's units, and
@@ -33,7 +33,6 @@ def export(path, act, state, env_id, obs_dim):
     zip file of two programs and a README. Raises EvaluationError where the policy is not such a
     perceptron, and for other names.
     """
-    path = Path(path)
     if path.suffix == ".npz":
         arrays = perceptron(state, env_id)
         np.savez(path, **arrays)
@@ -43,7 +42,6 @@ def export(path, act, state, env_id, obs_dim):
         path.write_bytes(programs(act, state, obs_dim))
     else:
         raise EvaluationError(f"--export {path}: the name must end in .npz or .stablehlo.")
-    return path
 
 
 def perceptron(state, env_id):

@@ -2,14 +2,13 @@
 
 import functools
 import itertools
-import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
 
 from common.evaluation.environments import make
+from common.experiment import runtime
 
 
 @functools.lru_cache(maxsize=2)
@@ -42,10 +41,6 @@ def evaluate(policy, env_id, num_seeds, episodes, seed=0):
     return rollout(policy, _pool(env_id, num_seeds * episodes), num_seeds, seed)
 
 
-def _cores():
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-
-
 _threads = functools.cache(ThreadPoolExecutor)
 
 
@@ -55,7 +50,7 @@ def _stepped(envs, rows, action):
     def some(part):
         return [(i, envs[i].step(action[i])) for i in part]
 
-    workers = min(_cores(), len(rows))
+    workers = min(runtime.cores(), len(rows))
     if workers == 1:
         return some(rows)
     ends = [len(rows) * k // workers for k in range(workers + 1)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.evaluation.environments import EvaluationError, make
+from common.evaluation.environments import EvaluationError, inspect, make
 from common.evaluation.rollout import rollout
 
 _ADVICE = "On Debian or Ubuntu `apt-get install libegl1 libgl1-mesa-dri` (or libosmesa6) helps."
@@ -19,7 +19,8 @@ def film(policy, env_id, path, episodes=1, seed=0):
     """Writes whole episodes of one policy to an .mp4 or .gif file; their returns (episodes,).
 
     policy, seed: as in `evaluate`, with S = E = 1. The film runs in simulated time at about 30 Hz.
-    Raises EvaluationError as `make` does, for another kind of file, and without a renderer.
+    Raises EvaluationError as `make` does, for another kind of file, for an environment that cannot
+    be drawn, and without a renderer.
     """
     import imageio.v2 as imageio
     import mujoco
@@ -27,6 +28,9 @@ def film(policy, env_id, path, episodes=1, seed=0):
     path = Path(path)
     if path.suffix not in (".mp4", ".gif"):
         raise EvaluationError(f"--video {path}: the name must end in .mp4 or .gif.")
+    if not inspect(env_id).is_drawn:
+        why = 'the metadata of its class list no render_mode "rgb_array"'
+        raise EvaluationError(f"{env_id} cannot be drawn: {why}.")
     env = make(env_id, render_mode="rgb_array")
     if model := getattr(env.unwrapped, "model", None):
         model.vis.quality.shadowsize = 0  # shadows triple the time

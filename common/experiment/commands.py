@@ -21,16 +21,15 @@ def resume(cfg, folder):
     return f"python {script} --resume {shlex.quote(short(folder))}"
 
 
-def after(cfg, folder, env_id):
-    """A sentence with the command that films or scores a finished run.
-
-    env_id: Gymnasium id of its dataset, "" for none.
-    """
+def after(cfg, folder, dataset):
+    """A sentence with the command that films or scores a finished run on a Dataset."""
     if folders.script(cfg).parent not in (PROJECT, PROJECT / "algorithms"):
         return f"To score it again, keep the algorithm's file in {PROJECT}."
     words = f"python -m common.evaluation {shlex.quote(short(folder))}"
     if own := getattr(cfg, "env_module", ""):
         words += f" --env-module {shlex.quote(own)}"
-    if env_id:
+    if not dataset.env_id:
+        return f"Score: {words} --env-id ID --episodes 10"
+    if dataset.provenance.get("is_drawn"):
         return f"Video: {words} --video run.mp4"
-    return f"Score: {words} --env-id ID --episodes 10"
+    return f"Score: {words}"

@@ -30,9 +30,11 @@ def resolve(cfg, tuned=None, dataset=None):
     """The config to run: `cfg` filled and checked, or the config stored in the folder `cfg.resume`.
 
     tuned: {key: {field: value}} fills the fields that are None. A key applies if the dataset has a
-    known name (not a path) and the key consists of whole words of it; the longest such key wins,
-    then the key "default". dataset: the Dataset to train on; its name becomes `cfg.env`, and the
-    values that come from a key other than "default" are printed.
+    known name (not a path) and the key consists of whole words of it, or of each of several names;
+    the longest such key wins, then the key "default". dataset: the Dataset to train on; its name
+    becomes `cfg.env`, and the values that come from a key other than "default" are printed.
+
+    A repeated --env on the command line names several datasets, "A,B".
 
     Ranges: a comment that ends in `in [0, 1)` declares its field's range. Without one an int is at
     least 1 (0 if its default is 0) and at most 16,384 if its default is a small number; a float is
@@ -47,8 +49,8 @@ def resolve(cfg, tuned=None, dataset=None):
     """
     if "--resume=" in sys.argv or ("--resume", "") in itertools.pairwise(sys.argv):
         raise RunError("--resume '': needs a run folder.")
-    if sum(word.partition("=")[0] == "--env" for word in sys.argv[1:]) > 1:
-        raise RunError("--env: a run has one dataset; datasets.from_arrays joins several.")
+    if len(names := _typed_names()) > 1:
+        cfg = dataclasses.replace(cfg, env=",".join(names))
     runtime.last_words = f"{cfg.resume} is as it was." if cfg.resume else "Nothing is saved yet."
     runtime.open_streams()
     if dataset is None:  # called by a command, not by a notebook
@@ -96,9 +98,9 @@ def _in_range(cfg, where):
 
 def _filled(cfg, tuned, told):
     """`cfg` with TUNED's values for its dataset. told: print those that the name decides."""
+    names = ["-" + re.sub("[^a-z0-9]+", "-", x) + "-" for x in cfg.env.lower().split(",")]
     known = _is_known(cfg.env)
-    words = "-" + re.sub("[^a-z0-9]+", "-", cfg.env.lower()) + "-"
-    keys = [key for key in tuned if known and f"-{key}-" in words]
+    keys = [key for key in tuned if known and all(f"-{key}-" in name for name in names)]
     chosen = {}  # {field: key}
     for key in ["default", *sorted(keys, key=len)]:
         chosen |= dict.fromkeys(tuned.get(key, {}), key)
@@ -113,8 +115,19 @@ def _filled(cfg, tuned, told):
 
 
 def _is_known(name):
-    """Whether a dataset's name is D4RL's or a Minari id, not a path."""
-    return re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", name, re.ASCII) is not None
+    """Whether a dataset's name, or each of several, is D4RL's or a Minari id, not a path."""
+    one = r"([\w-]+/)*[\w-]+-v\d+"
+    return re.fullmatch(rf"{one}(, *{one})*", name, re.ASCII) is not None
+
+
+def _typed_names():
+    """The values of --env on the command line, which may be repeated."""
+    words, names = iter(sys.argv[1:]), []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--env":
+            names.append(value if equals else next(words, ""))
+    return names
 
 
 def _comments(kind):

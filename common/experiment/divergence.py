@@ -86,6 +86,6 @@ def read(folder):
     found = files.read_json(path) if os.path.lexists(path) else {}
     try:
         pairs = {seed: (int(x["step"]), str(x["message"])) for seed, x in found.items()}
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, OverflowError):
         raise ValueError("diverged.json: a seed has no step or no message") from None
     return {seed: {"step": step, "message": message} for seed, (step, message) in pairs.items()}

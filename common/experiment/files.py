@@ -9,7 +9,7 @@ import json
 import os
 import stat
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 LARGEST = 2**30  # bytes of a text file
@@ -73,6 +73,16 @@ def write(path, content):
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+@contextmanager
+def asked_for(flag, path):
+    """For writing the file `path` that a flag names: makes its folder, words an OSError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written: {error.strerror or error}.") from None
 
 
 def refuse_links(folder):

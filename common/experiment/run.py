@@ -250,4 +250,4 @@ class Run:
             summary = statistics.summary(last)
             self.log(f"Final {name} {summary}; the data's mean is {levels[0]:.1f}.")
         self.log(f"Curve: {commands.short(path)}")
-        self.log(commands.after(self.cfg, self.folder, dataset.env_id))
+        self.log(commands.after(self.cfg, self.folder, dataset))

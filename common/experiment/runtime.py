@@ -24,12 +24,15 @@ from common.experiment.checkpoint import RunError
 PROJECT = Path(__file__).resolve().parents[2]
 PACKAGES = ["jax", "jaxlib", "flax", "optax", "distrax", "gymnasium", "mujoco", "numpy"]
 ROOM = 2**28  # bytes that a disk must have left for compiled programs
-last_words = ""  # what Ctrl-C outside of a run's steps adds to "Stopped."
+last_words = ""  # what an interrupt outside of a run's steps adds to "Stopped."
 
 
 def end_at_interrupt():
-    """From now on, Ctrl-C ends this command with one sentence and exit code 130."""
+    """From now on, Ctrl-C or SIGTERM ends this command with one sentence and exit code 130."""
     sys.excepthook = _excepthook
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _excepthook(kind, error, trace):

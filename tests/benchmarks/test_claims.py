@@ -258,8 +258,60 @@ def awr_holds(found, atol=0.5):
     assert np.all(to_c[:-1] < 0.2) and to_c[-1] > 0.8
 
 
+def support_holds(found):
+    """Of the policies within the data, MMD's earns more than KL's at its best weight, and BCQ's if
+    phi is large; by default BCQ is dull, and BEAR is. A weaker KL earns most, beyond the data."""
+    earned = {label: run["earned"]["mean"] for label, run in found["runs"].items()}
+    beyond = {label: run["beyond"]["mean"] for label, run in found["runs"].items()}
+    within = [label for label, share in beyond.items() if share < 0.01]
+    kl, mmd = (max(earned[x] for x in within if x.startswith(d)) for d in ("KL", "MMD"))
+    assert found["behaviour"] < kl < mmd - 2 < found["best"] - 2
+    assert earned["BCQ\nphi 0.3"] > mmd and max(earned["BCQ"], earned["BEAR"]) < kl
+    assert earned["KL\n0.3"] > mmd and beyond["KL\n0.3"] > 0.5
+
+
+def behaviours_holds(found):
+    """Cloned as one Gaussian, two behaviours become one between them; CQL acts like one of them."""
+    good, bad = (found["actions"][name] for name in ("the good behaviour", "the bad one"))
+    each = {who: np.array(found[who]["each action"]) for who in ("CQL", "BRAC", "BEAR")}
+    nearest = np.minimum(np.abs(each["CQL"] - good), np.abs(each["CQL"] - bad))
+    assert np.all(nearest < 0.15)
+    assert np.all(np.abs(each["CQL"][0] - good) < 0.1)
+    brac = each["BRAC"].mean(1)
+    assert np.all(np.diff(brac[1:]) < -0.05)  # the more there is of the bad behaviour
+    assert bad + 0.2 < brac[-1] < good - 0.2
+    earned = np.array(found["BRAC"]["earned"]["mean"])
+    assert earned[-1] < earned[0] - 5
+
+
+def brac_holds(found, atol=0.05):
+    v, d, r = (np.array(found[x]) for x in ("Q of the value", "alpha D", "Q of the reward"))
+    np.testing.assert_allclose(r, v - d, atol=atol)
+    assert np.mean(v - r) > 0.01  # of which less than a half is left:
+    assert np.abs(v - d - r).mean() < 0.5 * np.abs(v - r).mean()
+    value, reward = (found["values"][penalty]["mean"] for penalty in ("value", "reward"))
+    np.testing.assert_allclose(value, reward, atol=atol)
+
+
+def edac_holds(found):
+    """SAC predicts more than there is, with more critics less; with either it earns nothing. EDAC
+    predicts less than it earns."""
+    predicted, earned = found["predicted"], found["earned"]
+    sac, edac = (np.array(predicted["mean"])[:, i] for i in (0, 1))
+    assert sac[0] > found["best"] > sac[-1] > edac.max()
+    assert np.max(np.array(earned["highest"])[:, 0]) < 0.5
+    assert np.all(np.array(predicted["highest"])[:, 1] < np.array(earned["lowest"])[:, 1])
+    assert np.max(earned["highest"]) < found["best"]
+
+
 HOLDS = {"naive": naive_holds, "cql": cql_holds, "iql": iql_holds}
 HOLDS |= {"awac": awac_holds, "combo": combo_holds, "bc": bc_holds, "awr": awr_holds}
+HOLDS |= {
+    "support": support_holds,
+    "behaviours": behaviours_holds,
+    "brac": brac_holds,
+    "edac": edac_holds,
+}
 SHORT = {
     "naive": dict(updates=1200, every=400, seeds=1),
     "cql": dict(updates=1500, seeds=1),
@@ -268,6 +320,10 @@ SHORT = {
     "combo": dict(updates=2400, seeds=1, betas=(0.0, 5.0)),
     "bc": dict(updates=1500, seeds=1, means=(-0.5, 0.25)),
     "awr": dict(updates=3000, seeds=1, lams=(1.0,)),
+    "support": dict(seeds=1, kl=(0.3, 1.0), mmd=(3.0,)),
+    "behaviours": dict(updates=1500, seeds=1, shares=(0.0, 0.25, 0.75)),
+    "brac": dict(updates=1500, seeds=1),
+    "edac": dict(updates=3000, seeds=1),
 }
 
 
@@ -296,9 +352,9 @@ def test_claim_holds_in_short(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["naive", "cql", "combo"]
-)  # in smaller worlds: test_cql, test_combo
+@pytest.mark.parametrize(  # in smaller worlds: the tests of these files
+    "name", ["naive", "cql", "combo", "support", "behaviours", "brac", "edac"]
+)
 def test_claim_of_the_costlier_holds_in_short(name):
     in_short(name)
 

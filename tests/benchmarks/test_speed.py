@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.arrays import arrays
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import changes as speed_changes
 from benchmarks.speed import flops
@@ -26,14 +27,24 @@ SIZES = 17, 6
 def counts(name, changes):
     """Necessary FLOPs, and XLA's for the program as it is written, before any optimisation."""
     module, cfg = speed.settings(name, changes)
-    data = datasets.load(speed.DATA)
-    batch = data.steps() if name in ("dt", "diffuser") else data.transitions()
-    key, more = jax.random.key(0), dict(cfg=cfg) if name in ("dt", "diffuser") else {}
-    state = jax.eval_shape(partial(module.init, cfg=cfg), key, batch)
-    rows = jnp.zeros(cfg.batch_size, int)
-    batch = jax.eval_shape(partial(module.minibatch, **more), state, batch, rows)
+    once = {x: 1 for x in ("policy_delay", "actor_steps", "critic_steps") if hasattr(cfg, x)}
+    cfg, key = replace(cfg, **once), jax.random.key(0)  # XLA counts a loop's body once
+    data = arrays(module, datasets.load(speed.DATA), cfg)
+    state = jax.eval_shape(partial(module.init, cfg=cfg), key, getattr(data, "rows", data))
+    rows, sizes, more = jnp.zeros(cfg.batch_size, int), {}, {}
+    if name in ("dt", "diffuser", "rvs"):
+        more = dict(cfg=cfg) | (dict(key=key) if name == "rvs" else {})
+    if name == "awr":  # an iteration on an episode of one minibatch's size
+        data, sizes = data._replace(rows=jax.tree.map(lambda x: x[rows], data.rows)), {"rows": 256}
+        batch = data._replace(last=np.array([255]))
+    else:
+        batch = jax.eval_shape(partial(module.minibatch, **more), state, data, rows)
+    if "policy_delay" in once:  # a round of one minibatch
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
+        key = key[None]
     program = jax.jit(partial(module.update, cfg=cfg)).lower(state, batch, key)
-    return flops.total(getattr(flops, name)(cfg, *SIZES)), program.cost_analysis()["flops"]
+    necessary = getattr(flops, name)(cfg, *SIZES, **sizes)
+    return flops.total(necessary), program.cost_analysis()["flops"]
 
 
 @pytest.mark.parametrize("name", speed.UPDATES)

@@ -34,6 +34,15 @@ def test_no_episode_goes_from_a_to_c(data):
     np.testing.assert_array_equal(stitching.ended(None, None, data.next_obs), done)
 
 
+def test_paths_are_kept_up_to_their_ends():
+    """Of 40 episodes every second, the last place once."""
+    steps = np.minimum(np.arange(stitching.LIMIT + 1)[:, None, None], np.arange(40))
+    path = np.stack([steps / 4, 0 * steps], -1)
+    lines = stitching.shown(path)
+    assert [len(line) for line in lines] == [2, *range(3, 26, 2), *[25] * 7]
+    assert lines[1] == [[0, 0], [25, 0], [50, 0]]
+
+
 @pytest.mark.parametrize(("who", "updates"), [("IQL", 3000), ("AWAC", 3000)])
 def test_dynamic_programming_goes_from_a_to_c(who, updates, data):
     to_c, _ = arrivals(who, data, updates)

@@ -74,6 +74,28 @@ def test_moved_data_are_known_by_their_hash(cfg, monkeypatch):
         toy.main(toy.Config(resume=str(other.folder), env="elsewhere.hdf5"))
 
 
+def test_a_repeated_env_is_several_datasets(cfg, monkeypatch, capsys):
+    """Tuned values apply if the key is in each name; a resumed run may name its data again."""
+    own, loaded = toy.dataset, []
+
+    def pool(name):
+        loaded.append(name)
+        return dataclasses.replace(own(name), name=name)
+
+    monkeypatch.setattr(toy, "dataset", pool)
+    words = ["toy.py", "--env", "hopper-medium-v2", "--env=hopper-expert-v2"]
+    monkeypatch.setattr(sys, "argv", words)
+    run = toy.main(dataclasses.replace(cfg, env="hopper-expert-v2"), stop=10)
+    assert loaded == ["hopper-medium-v2,hopper-expert-v2"]
+    assert run.cfg.env == loaded[0] and run.folder.parent.name == loaded[0].replace(",", "-")
+    assert toy.main(toy.Config(resume=str(run.folder), env="hopper-expert-v2")).step == 50
+    tuned = {"default": {"tau": 0.1}, "medium": {"tau": 0.2}, "hopper": {"tau": 0.3}}
+    assert config.resolve(dataclasses.replace(cfg, tau=None), tuned).tau == 0.3
+    tuned["expert"] = {"tau": 0.4}
+    monkeypatch.setattr(sys, "argv", words[:1])
+    assert config.resolve(dataclasses.replace(cfg, tau=None, env=words[2]), tuned).tau == 0.3
+
+
 # --- One's own environment ---
 
 CAR = """
@@ -94,6 +116,10 @@ class Broken(Car):
     def step(self, a):
         raise ValueError("no robot is connected")
 
+class Sure(Car):
+    def reset(self, seed=None, options=None):
+        assert options
+
 class Wrong(Car):
     def step(self, a):
         return [0.0, 0.0, 0.0], 0.0, False, False, {}
@@ -102,6 +128,7 @@ gymnasium.register("Car-v0", Car, max_episode_steps=5)
 gymnasium.register("Endless-v0", Car)
 gymnasium.register("Broken-v0", Broken, max_episode_steps=5)
 gymnasium.register("Wrong-v0", Wrong, max_episode_steps=5)
+gymnasium.register("Sure-v0", Sure, max_episode_steps=5)
 """
 
 
@@ -113,7 +140,7 @@ def car(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield "own_car"
     sys.modules.pop("own_car", None)
-    for name in ("Car-v0", "Endless-v0", "Broken-v0", "Wrong-v0"):
+    for name in ("Car-v0", "Endless-v0", "Broken-v0", "Wrong-v0", "Sure-v0"):
         gymnasium.registry.pop(name, None)
 
 
@@ -136,6 +163,22 @@ def test_an_own_module_registers_environments(car, name):
     np.testing.assert_allclose(returns, [[7.5, 7.5]])  # five steps of half of 3
 
 
+def test_a_video_is_only_offered_where_it_can_be_drawn(car, cfg, capsys):
+    from algorithms import bc
+
+    runtime.import_own(car)
+    assert not evaluation.inspect("Car-v0").is_drawn and evaluation.inspect("Hopper-v5").is_drawn
+    small = dict(num_updates=20, eval_every=20, eval_episodes=1, batch_size=8, widths=(8,))
+    bc.train(bc.Config(**small, out=cfg.out), datasets.from_arrays(**arrays(), env_id="Car-v0"))
+    (run,) = Path(cfg.out).glob("bc/*/*")
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Score: python -m common.evaluation") and "--video" not in last
+    with pytest.raises(evaluation.EvaluationError, match="Car-v0 cannot be drawn: .*render_mode"):
+        command.main(run, video=run / "new/a.gif")
+    with pytest.raises(experiment.UserError, match="--export .* cannot be written: File exi"):
+        command.main(run, export=run / "config.json/a.npz")
+
+
 def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -151,6 +194,7 @@ def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch):
     [
         ("Endless-v0", r"needs a time limit: --env-id 'Endless-v0 {\"max_episode_steps\": 1000}'"),
         ("Broken-v0", "Broken-v0 cannot be used: no robot is connected"),
+        ("Sure-v0", r"AssertionError in .*own_car.py, line \d+: assert options"),
         ("Wrong-v0", r"Wrong-v0 cannot be used: observes .*not finite numbers of shape \(2,\)"),
     ],
 )
@@ -171,6 +215,7 @@ def test_resuming_runs_no_module_that_was_not_typed(cfg, car):
     run = toy.main(dataclasses.replace(cfg, env_module=car), stop=10)
     del sys.modules[car], gymnasium.registry["Car-v0"], gymnasium.registry["Broken-v0"]
     del gymnasium.registry["Endless-v0"], gymnasium.registry["Wrong-v0"]
+    del gymnasium.registry["Sure-v0"]
     with pytest.raises(experiment.RunError, match="own_car.*give it again"):
         toy.main(toy.Config(resume=str(run.folder)))
     assert car not in sys.modules

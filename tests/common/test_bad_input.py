@@ -649,7 +649,7 @@ def test_resuming(world, case, name):
         ("iql", "--gamma 0.9", "--gamma 0.9 conflicts with the resumed run's 0.99"),
         ("iql", "--batch-size 256", "--batch-size 256 conflicts with the resumed run's 8"),
         ("iql", "--env single.hdf5", "single.hdf5 is not the data that"),
-        ("iql", "--env good.hdf5 --env good.hdf5", "--env: a run has one dataset"),
+        ("iql", "--env good.hdf5 --env good.hdf5", "good.hdf5: is joined twice"),
     ],
 )  # fmt: skip
 def test_resuming_with_flags(world, script, words, message):

@@ -21,6 +21,7 @@ import pytest
 from common import evaluation, experiment
 from common.evaluation import __main__ as command
 from common.evaluation import rollout, video
+from common.experiment import runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,11 +111,11 @@ def test_returns_are_the_same_bits_on_any_number_of_cores(cores, monkeypatch):
     """Episodes end apart, so that there are fewer of them than cores, too."""
     weights, act = linear("Hopper-v5", 2)
     score = partial(evaluation.evaluate, memoryless(partial(act, weights)), "Hopper-v5", 2, 5)
-    monkeypatch.setattr(rollout, "_cores", lambda: 1)
+    monkeypatch.setattr(runtime, "cores", lambda: 1)
     alone, threads = score(), set()
     for env in rollout._pool("Hopper-v5", 10):
         monkeypatch.setattr(env, "step", noted(env.step, threads))
-    monkeypatch.setattr(rollout, "_cores", lambda: cores)
+    monkeypatch.setattr(runtime, "cores", lambda: cores)
     np.testing.assert_array_equal(score(), alone)
     assert (threads == {threading.main_thread()}) == (cores == 1)
 
@@ -128,7 +129,7 @@ def noted(step, threads):
 
 
 def test_an_error_of_an_environment_is_heard_from_any_core(countdown, monkeypatch):
-    monkeypatch.setattr(rollout, "_cores", lambda: 2)
+    monkeypatch.setattr(runtime, "cores", lambda: 2)
     monkeypatch.setattr(Countdown, "step", lambda self, action: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluation.evaluate(memoryless(lambda obs: np.zeros((1, 4, 1))), countdown, 1, 4)

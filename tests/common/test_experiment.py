@@ -749,6 +749,22 @@ def test_handlers_are_put_back():
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
+def test_sigterm_outside_of_the_steps_is_ctrl_c(monkeypatch):
+    """While a behaviour is cloned, say; what a parent told to ignore SIGTERM goes on."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # put back afterwards
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        runtime.end_at_interrupt()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        runtime.end_at_interrupt()
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_data_without_an_environment_is_refused_at_once(cfg):
     """Not after the first chunk, hours later; unscored it is welcome."""
     data = dataclasses.replace(toy.dataset(cfg.env), env_id="")

@@ -1,4 +1,6 @@
-"""datasets.from_arrays: as a file of the same arrays, through the same checks."""
+"""datasets.from_arrays: as a file of the same arrays, through the same checks; several joined."""
+
+import dataclasses
 
 import h5py
 import numpy as np
@@ -93,3 +95,64 @@ def test_ends_must_be_told_somehow():
     given["action"] = given["action"] / 2
     with pytest.raises(datasets.DatasetError, match="arrays: timeout: missing"):
         datasets.from_arrays(**given)
+
+
+# --- Several at once ---
+
+
+def part(tmp_path, name, reward, env_id="Pendulum-v1", **changed):
+    """A file of 12 rows in two episodes, whose rewards are all `reward`; its path."""
+    given = dict(arrays(), reward=np.full(12, reward)) | changed
+    with h5py.File(tmp_path / name, "w") as file:
+        for key, x in given.items():
+            file[NAMES[key]] = x
+    return str(tmp_path / name)
+
+
+def test_joined_datasets_are_one_pool_of_episodes(tmp_path):
+    """Returns 5, 7 and 10, 14: rewards are scaled by the worst and best of them all."""
+    a, b = part(tmp_path, "a.hdf5", 1), part(tmp_path, "b.hdf5", 2)
+    one, two = (datasets.load(x, "Pendulum-v1") for x in (a, b))
+    for data in (datasets.load(f"{a},{b}", "Pendulum-v1"), datasets.load([a, b], "Pendulum-v1")):
+        assert data.name == f"{a},{b}" and data.env_id == "Pendulum-v1"
+        assert data.returns().tolist() == [5, 7, 10, 14]
+        assert data.start.tolist() == [0, 5, 12, 17]
+        np.testing.assert_array_equal(data.obs, np.concatenate([one.obs, two.obs]))
+        scaled = data.transitions(scale_reward=True).reward
+        np.testing.assert_allclose(scaled[[0, -1]], [1000 / 9, 2000 / 9], rtol=1e-6)
+        assert data.steps().end.tolist() == [5] * 5 + [12] * 7 + [17] * 5 + [24] * 7
+        assert data.provenance["timeouts"] == 2
+    assert data.provenance["sha256"] != datasets.join([two, one]).provenance["sha256"]
+    assert datasets.load([a], "Pendulum-v1").provenance == one.provenance
+
+
+def test_a_comma_may_be_a_part_of_a_path(tmp_path):
+    path = part(tmp_path, "a,b.hdf5", 1)
+    assert datasets.load(path, "Pendulum-v1").returns().tolist() == [5, 7]
+
+
+def test_what_cannot_be_joined_is_told(tmp_path, capsys):
+    given = dict(arrays(), action=arrays()["action"] / 2)
+    one = datasets.from_arrays(**given, env_id="Pendulum-v1", name="one")
+    limit = 'Pendulum-v1 {"max_episode_steps": 50}'
+    other = dict(given, reward=np.ones(12))
+    for change, why in (
+        (dict(env_id=limit), "environments differ, Pendulum-v1 of one and Pendulum-v1 {"),
+        (dict(), "environments differ, Pendulum-v1 of one and none of two"),
+    ):
+        two = datasets.from_arrays(**other, name="two", **change)
+        with pytest.raises(datasets.DatasetError, match=why):
+            datasets.join([one, two])
+    bare = datasets.from_arrays(**given, name="bare")
+    wide = datasets.from_arrays(**dict(other, action=np.zeros((12, 2))), name="wide")
+    with pytest.raises(datasets.DatasetError, match="actions differ, 1 of bare and 2 of wide"):
+        datasets.join([bare, wide])
+    about = bare.provenance | {"action_high": [2.0]}
+    torque = dataclasses.replace(bare, name="torque", provenance=about)
+    with pytest.raises(datasets.DatasetError, match=r"action bounds differ, .* of torque"):
+        datasets.join([bare, torque])
+    with pytest.raises(datasets.DatasetError, match="bare: is joined twice"):
+        datasets.join([bare, bare])
+    two = datasets.from_arrays(**other, name="two")
+    assert len(datasets.join([bare, two]).obs) == 24
+    assert "bare,two: no environment is known" in capsys.readouterr().err

@@ -630,6 +630,10 @@ ANY = {
     ),
     "deep divergence": (content("diverged.json", DEEP), "nested too deeply"),
     "divergence of another kind": (content("diverged.json", '{"0": 1}'), "diverged.json"),
+    "divergence at infinity": (
+        content("diverged.json", '{"0": {"step": 1e999, "message": ""}}'),
+        "diverged.json",
+    ),
 }  # fmt: skip
 SCORED = ANY | {
     "no env_id": (without("env_id"), "has no environment to score on"),
