@@ -28,6 +28,7 @@ from common.experiment import statistics
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "benchmarks/README.md")
+IN_PART = ("support", "behaviours", "edac")  # claims that hold in part, as their notes say
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def trust_table(stored):
         ],
         [
             "The papers' claims hold where the true values are known.",
-            f"{len(stored('claims'))} claims",
+            f"{len(stored('claims'))} claims, {len(IN_PART)} of them in part",
             link("Claims"),
         ],
     ]

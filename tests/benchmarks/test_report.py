@@ -222,9 +222,10 @@ def test_the_pages_files_and_commands_exist(name):
         path, _, anchor = target.partition("#")
         if path.startswith("https://"):
             continue
-        assert (folder / path).exists(), target
+        file = folder / path if path else ROOT / name
+        assert file.exists(), target
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", (folder / path).read_text("utf-8"), re.M)
+            headings = re.findall(r"^#+ (.*)$", file.read_text("utf-8"), re.M)
             assert anchor in {title.lower().replace(" ", "-") for title in headings}, target
     for path in re.findall(r"python ((?:algorithms|benchmarks|tests)/\S+\.py)", text):
         assert (ROOT / path).exists(), path
