@@ -187,7 +187,7 @@ def test_density_integrates_to_one():
 def test_far_out_samples_keep_a_finite_density():
     pi = cql.TanhNormal(jnp.full(2, 12.0), jnp.full(2, 0.1))  # tanh(12) rounds to 1
     action, log_prob = pi.sample_and_log_prob(seed=KEY)
-    np.testing.assert_array_equal(action, 1)
+    np.testing.assert_allclose(action, 1, atol=1e-6)  # the tests' tanh may stop an ulp below
     assert np.isfinite(log_prob)
 
 
