@@ -52,6 +52,7 @@ FLAGS = {
     "awr": f"{NETWORK} --actor-steps 10 --critic-steps 5",
     "bcq": f"{NETWORK} --vae-widths 32 32",
     "bear": f"{NETWORK} --vae-widths 32 32 --warm-start 200",
+    "brac": f"{NETWORK} --clone-updates 200",
     "combo": f"{NETWORK} --save-every 120 --max-epochs 3 --rollout-every 60 --rollout-batch 2000 "
     "--model-widths 32 32 --model-decay 1e-5 1e-5 1e-5",
     "cql": f"{NETWORK} --num-actions 2",
