@@ -74,7 +74,7 @@ class Run:
         except (ValueError, TypeError, IndexError, KeyError, AttributeError) as error:
             name = "metrics.csv, returns.json or diverged.json"
             raise RunError(f"{self.folder}: {name} is damaged: {error}. {how}.") from None
-        if info["config"]["num_updates"] != self.cfg.num_updates:  # the run is extended
+        if info["config"].get("num_updates") != self.cfg.num_updates:  # the run is extended
             folders.extend(self.folder, info, self.cfg.num_updates)
         changed = [name for name, value in self._facts.items() if value != info.get(name)]
         if changed:

@@ -446,6 +446,14 @@ def test_a_setting_that_draws_other_numbers_is_refused(half, monkeypatch, name):
     assert tree(half) == before
 
 
+def test_a_config_without_its_length_has_the_defaults(half):
+    """As of an older program, whose config lacked a field."""
+    edit(half, lambda info: info["config"].pop("num_updates"))
+    resume(half)
+    length = toy.Config().num_updates
+    assert json.loads((half / "config.json").read_text())["config"]["num_updates"] == length
+
+
 def test_on_the_same_machine_nothing_is_noted(half, capsys):
     resume(half)
     assert "Note" not in capsys.readouterr().out
