@@ -34,7 +34,7 @@ $(BIN)/.installed: requirements.txt
 	$(if $(CUDA),$(BIN)/python -m pip install --quiet "jax[cuda$(CUDA)]==$$(sed -n 's/^jax==//p' requirements.txt)")
 	touch $@
 
-run: install  ## Train IQL on bundled data, five minutes on two cores; ALGORITHM=combo takes 40.
+run: install  ## Train IQL on bundled data, five minutes on two cores; ALGORITHM=combo: 40 minutes.
 	$(BIN)/python algorithms/$(ALGORITHM).py $(RUN)
 
 test: install  ## Run the fast tests.

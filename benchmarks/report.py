@@ -57,9 +57,7 @@ def settling_table(rows):
     lines = []
     for row in rows:
         found = [settling.summary(row, step) for step in settling.POINTS]
-        scores = [
-            f"{round(mean, 1) + 0.0:.1f} [{low:.1f}, {high:.1f}]" for mean, (low, high), *_ in found
-        ]
+        scores = [f"{mean:z.1f} [{low:z.1f}, {high:z.1f}]" for mean, (low, high), *_ in found]
         q = ["" if q is None else f"{q:.0f}{ARROWS[moving]}" for *_, q, moving in found]
         data = f"{short(row['dataset'])} ({row['data_score']:.1f})"
         seeds = len(row["scores"][str(settling.POINTS[0])])
@@ -76,7 +74,7 @@ def model_table(rows):
         first = [f"{row['max_epochs']} epochs", f"{row['holdout']:.2f}"]
         for who, title in (("data", "the data's"), ("policy", "the policy's")):
             errors, bias = row[who]["errors"], row[who]["reward_bias"]
-            cells = [f"{errors[0]:.2f}", f"{errors[-1]:.2f}", f"{round(bias, 2) + 0.0:+.2f}"]
+            cells = [f"{errors[0]:.2f}", f"{errors[-1]:.2f}", f"{bias:+z.2f}"]
             lines.append([*first, title, *cells])
             first = ["", ""]
     return markdown(names, lines)

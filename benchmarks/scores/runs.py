@@ -72,9 +72,17 @@ def file_name(run):
     return "-".join([run["algorithm"], run["dataset"].replace("/", "-"), run["folder"]]) + ".json"
 
 
-def text(run):
-    """A collected run as JSON, a line for each key."""
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in run.items()]
+def text(record):
+    """JSON with a line for each key, and for each object in a list or dict of objects."""
+    lines = []
+    for key, value in record.items():
+        whole, rows = json.dumps(value), value.values() if isinstance(value, dict) else value
+        if isinstance(value, list | dict) and value and all(isinstance(x, dict) for x in rows):
+            parts = [json.dumps(x) for x in rows]
+            if isinstance(value, dict):
+                parts = [f"{json.dumps(k)}: {x}" for k, x in zip(value, parts, strict=True)]
+            whole = whole[0] + "\n  " + ",\n  ".join(parts) + "\n " + whole[-1]
+        lines.append(f" {json.dumps(key)}: {whole}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 

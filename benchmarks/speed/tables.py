@@ -9,6 +9,7 @@ import json
 import numpy as np
 
 from benchmarks.markdown import markdown
+from benchmarks.scores.runs import NAMES
 
 OURS = {1: "speed.json", 2: "speed-2-cores.json"}  # by cores
 PLAIN, THREE = dict(widths=[256] * 2), dict(widths=[256] * 3)
@@ -160,7 +161,7 @@ def summary_table(ours, peers):
     """One update of each algorithm on one core, beside the fastest peer at equal sizes."""
     names = ["one update, one core", "ms", "share of the machine's rate", "fastest other code, ms"]
     one, rows = by_name(ours[1]), []
-    for name in (name for name in one if name in (*SIMILAR, "bcq", "bear", "diffuser")):
+    for name in (name for name in one if name in NAMES):  # not its variants
         row, found = one[name], theirs(peers[1], name) if name in COMPARED else []
         ms, cells = row["us"] / 1000, ["", ""]
         if found:

@@ -32,7 +32,6 @@ Writes settling.json and settling.png to benchmarks/results.
 """
 
 import csv
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -44,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks.scores.runs import NAMES, behaviour, collect, origin, score, short
+from benchmarks.scores.runs import NAMES, behaviour, collect, origin, score, short, text
 from benchmarks.studies import values
 from common import datasets, evaluation, experiment
 from common.experiment import statistics
@@ -269,17 +268,6 @@ def checkpoint(folder, cfg):
         **{name: found[name] for name in names},
         **buffer_shares(buffer, datasets.load(own.env, own.env_id).transitions(), step, own),
     }
-
-
-def text(record):
-    """JSON with a line for each key and for each row of a list."""
-    lines = []
-    for key, value in record.items():
-        whole = json.dumps(value)
-        if isinstance(value, list):
-            whole = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
-        lines.append(f" {json.dumps(key)}: {whole}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def plot(rows, path):

@@ -17,7 +17,6 @@ Writes stitching.json and stitching.png to benchmarks/results, after each method
 """
 
 import json
-import re
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ import numpy as np
 import tyro
 
 from benchmarks.arrays import arrays
+from benchmarks.scores.runs import text
 from common import datasets, experiment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,11 +235,7 @@ def main(cfg: Config):
             f"{who:24} return {returns.mean():5.2f}  to C {ends['C']:4.0%}  to F {ends['F']:4.0%}"
         )
         runs = {who: runs[who] for who in RUNS if who in runs}
-        text = json.dumps(facts | {"config": settings, "runs": runs}, indent=1)
-        text = re.sub(
-            r"(?<=[\[,])\n\s+(?=[-\d\[])|(?<=[\d\]])\n\s+(?=\])", "", text
-        )  # paths: one line
-        file.write_text(text + "\n", "utf-8")
+        file.write_text(text(facts | {"config": settings, "runs": runs}), "utf-8")
         draw(data, runs, results / "stitching.png")
 
 
