@@ -17,6 +17,12 @@ def random_batch(rows=16, obs_dim=3, action_dim=2, seed=0):
     return Batch(*(jnp.asarray(x, jnp.float32) for x in fields))
 
 
+def shifted(rows):
+    """A random_batch whose observations have mean 5 and standard deviation 3."""
+    noise = random_batch(rows)
+    return noise._replace(obs=5 + 3 * noise.obs, next_obs=5 + 3 * noise.next_obs)
+
+
 def f64(tree):
     """The same tree of arrays in numpy's float64, safe to write to."""
     return jax.tree.map(lambda x: np.array(x, np.float64), tree)

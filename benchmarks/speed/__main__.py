@@ -120,8 +120,8 @@ def update(name, data, sizes, keys):
     """The Work of a row of UPDATES. sizes: (D, A). keys: of the seeds."""
     algorithm, changes = UPDATES[name]
     module, cfg = settings(algorithm, changes)
-    batch, more = arrays(module, data, cfg), {}
-    rows = {"rows": len(batch.rows.obs)} if algorithm == "awr" else {}
+    (first, batch), more = arrays(module, data, cfg), {}
+    rows = {"rows": len(data.obs)} if algorithm == "awr" else {}
     products = flops.times(len(keys), getattr(flops, algorithm)(cfg, *sizes, **rows))
     updates = int(np.clip(5e10 / flops.total(products), 2, 5000))
     whole = getattr(cfg, "policy_delay", getattr(cfg, "actor_steps", 1))  # an iteration's updates
@@ -129,7 +129,7 @@ def update(name, data, sizes, keys):
     cfg = replace(cfg, log_every=updates, eval_every=updates)
     if algorithm == "combo":
         cfg, more = replace(cfg, rollout_every=updates), dict(terminal=module.never)
-    state = start(partial(module.init, cfg=cfg), keys, getattr(batch, "rows", batch))
+    state = start(partial(module.init, cfg=cfg), keys, first)
     batch = jax.device_put(batch)
     chunk = jax.vmap(partial(module.train_chunk, cfg=cfg, **more), (0, None, 0, None))
     inputs = batch, keys, updates
@@ -181,7 +181,7 @@ def plan(data, sizes, keys):
 def ten_episodes(data, sizes, keys, algorithm="iql"):
     """An evaluation of ten episodes; for comparison, the environment's steps alone."""
     module, cfg = settings(*UPDATES[algorithm])
-    state = start(partial(module.init, cfg=cfg), keys, arrays(module, data, cfg))
+    state = start(partial(module.init, cfg=cfg), keys, arrays(module, data, cfg)[0])
     policy = jax.jit(jax.vmap(module.policy(cfg), (0, 0, 0, 0, None)))
     inputs = None, jnp.asarray(data.obs[None, :10]), jnp.zeros((1, 10)), keys[0]
     program, compiling = compiled(policy, state, *inputs)

@@ -18,13 +18,14 @@ import jax
 import jax.numpy as jnp
 import tyro
 
+from benchmarks.arrays import arrays
 from benchmarks.speed.__main__ import DATA, ROOT, settings, start
 from common import datasets, experiment
 
 
 @dataclass(frozen=True)
 class Config:
-    algorithm: str = "iql"  # file that trains on transitions
+    algorithm: str = "iql"  # file in algorithms/
     seeds: tuple[int, ...] = (1, 8, 32, 128)  # numbers of seeds
     updates: int = 100_000  # updates to time at most
     seconds: float = 25.0  # time for each number of seeds
@@ -34,9 +35,10 @@ class Config:
 def measure(count, cfg):
     """The row of `count` seeds as plain data. us: microseconds of an update of all seeds."""
     module, own = settings(cfg.algorithm, {})
-    batch = jax.device_put(datasets.load(DATA).transitions())
+    first, batch = arrays(module, datasets.load(DATA), own)
+    batch = jax.device_put(batch)
     keys = jax.vmap(jax.random.key)(jnp.arange(count))
-    state = start(partial(module.init, cfg=own), keys, batch)
+    state = start(partial(module.init, cfg=own), keys, first)
     chunk = jax.vmap(partial(module.train_chunk, cfg=own), (0, None, 0, None))
     chunk = jax.jit(chunk, donate_argnums=0)
     state, _ = jax.block_until_ready(chunk(state, batch, keys, 0))

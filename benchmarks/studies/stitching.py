@@ -139,11 +139,9 @@ def train(who, data, cfg, **more):
     """(policy, states of all seeds) of a method of RUNS, trained as by its file's `train`."""
     name, _ = RUNS[who]
     module, own = resolved(who, data, cfg, **more)
-    chunk, batch = partial(module.train_chunk, cfg=own), arrays(module, data, own)
+    chunk, (first, batch) = partial(module.train_chunk, cfg=own), arrays(module, data, own)
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.seeds))
-    state = jax.jit(jax.vmap(partial(module.init, cfg=own), (0, None)))(
-        keys, getattr(batch, "rows", batch)
-    )
+    state = jax.jit(jax.vmap(partial(module.init, cfg=own), (0, None)))(keys, first)
     if name == "brac":
         state = module.clone_behaviour(keys, state, batch, own, lambda line: None)
     if name == "combo":

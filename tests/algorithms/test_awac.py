@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from float64 import assert_first_adam_step, f64, gradient, mlp, random_batch, scramble
+from float64 import assert_first_adam_step, f64, gradient, mlp, random_batch, scramble, shifted
 
 from common import datasets, experiment
 from common.datasets import Batch
@@ -29,8 +29,7 @@ UPDATE = jax.jit(partial(awac.update, cfg=CFG))
 
 @pytest.fixture(scope="module")
 def data():
-    noise = random_batch(200)
-    return noise._replace(obs=5 + 3 * noise.obs, next_obs=5 + 3 * noise.next_obs)
+    return shifted(200)
 
 
 @pytest.fixture(scope="module")

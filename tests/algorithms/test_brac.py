@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from float64 import assert_first_adam_step, f64, gradient, mlp, random_batch, scramble
+from float64 import assert_first_adam_step, f64, gradient, mlp, random_batch, scramble, shifted
 
 from common.datasets import Batch
 
@@ -32,8 +32,7 @@ CLONE = JIT(partial(brac.clone_chunk, cfg=CFG))
 
 @pytest.fixture(scope="module")
 def data():
-    noise = random_batch(100)
-    return noise._replace(obs=5 + 3 * noise.obs, next_obs=5 + 3 * noise.next_obs)
+    return shifted(100)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from float64 import assert_first_adam_step, f64, gradient, mlp, random_batch, scramble
+from float64 import assert_first_adam_step, f64, gradient, mlp, random_batch, scramble, shifted
 
 from common.datasets import Batch
 
@@ -37,8 +37,7 @@ INIT = jax.jit(cql.init, static_argnums=2)  # compiled once for the tests that n
 
 @pytest.fixture(scope="module")
 def data():
-    noise = random_batch(200)
-    return noise._replace(obs=5 + 3 * noise.obs, next_obs=5 + 3 * noise.next_obs)
+    return shifted(200)
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ def counts(name, changes):
     module, cfg = speed.settings(name, changes)
     once = {x: 1 for x in ("policy_delay", "actor_steps", "critic_steps") if hasattr(cfg, x)}
     cfg, key = replace(cfg, **once), jax.random.key(0)  # XLA counts a loop's body once
-    data = arrays(module, datasets.load(speed.DATA), cfg)
-    state = jax.eval_shape(partial(module.init, cfg=cfg), key, getattr(data, "rows", data))
+    first, data = arrays(module, datasets.load(speed.DATA), cfg)
+    state = jax.eval_shape(partial(module.init, cfg=cfg), key, first)
     rows, sizes, more = jnp.zeros(cfg.batch_size, int), {}, {}
     if name in ("dt", "diffuser", "rvs"):
         more = dict(cfg=cfg) | (dict(key=key) if name == "rvs" else {})
