@@ -12,6 +12,8 @@ pushed down where the model went and up where the data are. The model's error is
     Policy improvement: soft actor-critic on the states of d_f.
     Model: an ensemble of N(mean(s, a), std(s, a)^2) for (s' - s, r), by maximum likelihood.
 
+The idea is in `critic_loss`, `rollout` and `train_chunk`; the model in the section Dynamics.
+
 Run: python algorithms/combo.py --env halfcheetah-medium-v2
 On a CPU: --num-updates 100000 --eval-every 5000 --widths 256 256 --max-epochs 100; 40 minutes
 of a core, 59.8 [45.7, 77.9] over five seeds on the bundled hopper data (mean 11.1, IQL 42.3)

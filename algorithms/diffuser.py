@@ -11,7 +11,8 @@ tracks the planned states.
     q(x_{t-1} | x_t, x_0) = N(mu_t(x_0, x_t), sigma_t^2 I)                the posterior
     x_{t-1}               ~ N(mu_t(f(y, t), y), sigma_t^2 I),   y = x_t + w sigma_t^2 grad J(x_t, t)
 
-The known states replace those of every x_t (inpainting).
+The known states replace those of every x_t (inpainting). The idea is in `model_loss`, `value_loss`
+and `plan`; the U-Net in the section Networks.
 
 Run: python algorithms/diffuser.py --env halfcheetah-medium-v2 --plan-every 4 --ddim-steps 5
 
