@@ -44,6 +44,7 @@ from benchmarks.collect.recording import (
 from common import datasets, evaluation
 from common.experiment import runtime
 
+EPISODES = 100  # that measure a policy's return
 NAMES = (*FIELDS, "probability")  # columns of a recording
 EPSILONS = {  # of an episode: [(epsilon, its probability)]
     "random": [(1.0, 1.0)],
@@ -209,10 +210,9 @@ def load_or_train(cfg, env):
 
 
 def mean_return(envs, state, kind, seed):
-    """The mean return of 100 episodes."""
-    rng = np.random.default_rng([seed, 2])
-    returns = [episode_returns(play(envs, state, kind, rng, 1)) for _ in range(100 // len(envs))]
-    return float(np.mean(returns))
+    """The mean return of EPISODES episodes."""
+    rng, rounds = np.random.default_rng([seed, 2]), range(EPISODES // len(envs))
+    return float(np.mean([episode_returns(play(envs, state, kind, rng, 1)) for _ in rounds]))
 
 
 def main(cfg: Config):
@@ -223,9 +223,12 @@ def main(cfg: Config):
         raise SystemExit(f"{cfg.env_id} has no discrete actions: use benchmarks.collect")
     trained = load_or_train(cfg, env)
     envs = [evaluation.make(cfg.env_id) for _ in range(10)]
-    best = int(np.argmax(trained.returns))
+    best = max(range(len(trained.returns)), key=lambda i: (trained.returns[i], i))  # the last one
     worst = mean_return(envs, trained.states[0], "random", cfg.seed)
     ref = worst, mean_return(envs, trained.states[best], "greedy", cfg.seed)
+    if ref[1] <= worst:
+        told = f"DQN's best policy earns {ref[1]:.1f}, uniform actions {worst:.1f}"
+        raise SystemExit(f"--dqn-steps {cfg.dqn_steps}: {told}: train longer.")
     goal = worst + cfg.medium_fraction * (trained.returns[best] - worst)
     medium = next(i for i, x in enumerate(trained.returns) if x >= goal)
     about = {"best_at_step": trained.steps[best], "medium_at_step": trained.steps[medium]}
@@ -246,7 +249,7 @@ def main(cfg: Config):
         rows,
         env.observation_space.shape,
         gymnasium.spaces.Discrete(count),
-        (*ref, "means of 100 episodes: of uniform actions, and of DQN's best policy"),
+        (*ref, f"means of {EPISODES} episodes: of uniform actions, and of DQN's best policy"),
         about,
         made_by=MADE_BY.get(cfg.kind, "DQN"),
         infos=["probability"],
