@@ -12,7 +12,7 @@ Run: python algorithms/discrete_cql.py --env stillwater/cartpole/replay-v0
 
 huber(u) is u^2 / 2 up to |u| = 1 and |u| - 1/2 beyond. Options:
 - `--variant rho`: log E_a~rho[exp Q(s, a)] for the sum; rho, the last policy, is the softmax of
-  the target network
+  Q_target / temperature, and the policy itself at a low `--temperature`
 - `--variant rho-weighted`: E_a~rho[Q exp Q] / E_a~rho[exp Q] (Appendix A); its weights learn, too
 - `--variant var`: E_a[Q] + sqrt(Var_a[Q] / n(s)) over uniform actions (Appendix A); `--count`
   stands for n(s), the visits to s
@@ -72,6 +72,7 @@ class Config:
     # --- CQL ---
     alpha: float = 1.0  # weight of the penalty, Eq. (4)
     variant: Literal["H", "rho", "rho-weighted", "var"] = "H"  # what is pushed down; H: Eq. (4)
+    temperature: float = 1.0  # of rho, softmax(Q_target / temperature), in (0, inf)
     count: float = 1.0  # visits that a state counts in CQL(var), in (0, inf)
     num_quantiles: int = 0  # of the return, QR-DQN; 0: its mean alone, DQN
     double: bool = True  # the network itself chooses the target's action, not the target network
@@ -179,7 +180,10 @@ def critic_loss(q_params, state, batch, cfg):
     """Temporal difference and conservative penalty, Eq. (4)."""
     z = state.critic.apply_fn(q_params, batch.obs)  # (B, A, N)
     q, z_data = z.mean(-1), jnp.sum(z * batch.action[..., None], 1)  # (B, A), (B, N)
-    log_rho = jax.nn.log_softmax(state.critic.apply_fn(state.target, batch.obs).mean(-1))
+    log_rho = None
+    if cfg.variant.startswith("rho"):  # the last policy
+        old = state.critic.apply_fn(state.target, batch.obs).mean(-1)
+        log_rho = jax.nn.log_softmax(old / cfg.temperature)
     gap = jnp.mean(pushed_down(q, log_rho, cfg) - z_data.mean(-1))
     td = jnp.mean(td_loss(z_data, td_target(state, batch, cfg), cfg))
     loss = td + cfg.alpha * gap

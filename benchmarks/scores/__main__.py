@@ -50,13 +50,19 @@ SHORT = {  # flags of three seeds on three datasets, some nights of two CPU core
     **dict.fromkeys("sac td3_bc rebrac edac bcq bear brac awr awac iql".split(), SETTLED),
     "cql": f"{SETTLED} --num-actions 1",
     "combo": f"{SETTLED} --widths 256 256 --max-epochs 100",
+    "bc-categorical": "--head categorical --num-updates 10000 --eval-every 1000",
+    "dqn": f"{SETTLED} --widths 64 64 --alpha 0",
+    **dict.fromkeys(["discrete_bcq", "discrete_cql"], f"{SETTLED} --widths 64 64"),
     "rvs": "--num-updates 50000 --eval-every 5000 --batch-size 256 --widths 256 256",
     "dt": "--num-updates 5000 --eval-every 1000 --warmup 1000",
     "diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
     " --plan-every 2 --ddim-steps 5 --samples 16 --eval-episodes 5",  # a cheap planner
 }
-BUDGETS = {"short": SHORT, "full": dict.fromkeys(SHORT, "") | {"10%bc": "--fraction 0.1"}}
-FILES = {"10%bc": "bc"}  # other names are file names
+FULL = dict.fromkeys(SHORT, "") | {"10%bc": "--fraction 0.1", "dqn": "--alpha 0"}
+BUDGETS = {"short": SHORT, "full": FULL | {"bc-categorical": "--head categorical"}}
+FILES = {"10%bc": "bc", "bc-categorical": "bc", "dqn": "discrete_cql"}  # others are file names
+DISCRETE = ("bc-categorical", "dqn", "discrete_bcq", "discrete_cql")  # take discrete actions
+CHOICES = ("cartpole", "acrobot", "lunarlander", "minatar")  # words in names of discrete datasets
 DATASETS = ("halfcheetah/medium-v0", "hopper/medium-replay-v0", "walker2d/medium-v0")
 
 
@@ -91,10 +97,15 @@ class Cell(NamedTuple):
 
 
 def grid(cfg):
-    """All cells. Their order depends only on the flags."""
+    """All cells. Their order depends only on the flags.
+
+    Algorithms for discrete actions are paired with datasets of such alone, the others with others.
+    """
     cells, together = [], cfg.seeds_per_run or cfg.num_seeds
     seeds = range(0, cfg.num_seeds, together)
     for name, env, seed in itertools.product(cfg.algorithms, cfg.datasets, seeds):
+        if (name in DISCRETE) != any(word in env.lower() for word in CHOICES):
+            continue
         algorithm, flags = FILES.get(name, name), BUDGETS[cfg.budget][name]
         if cfg.updates:
             times = next(n for n in range(10, 0, -1) if cfg.updates % n == 0)  # evaluations

@@ -19,7 +19,7 @@ CFG = discrete_cql.Config(
 )  # fmt: skip
 CONFIGS = {
     "H": CFG,
-    "rho": replace(CFG, variant="rho"),
+    "rho": replace(CFG, variant="rho", temperature=0.5),
     "rho-weighted": replace(CFG, variant="rho-weighted"),
     "var": replace(CFG, variant="var", count=3.0),
     "quantiles": replace(CFG, num_quantiles=4),
@@ -78,7 +78,8 @@ def loss64(q_params, chooser, target, b, cfg):
     else:
         td = huber64(u).mean()
     q, old = z.mean(2), quantiles64(target, b.obs).mean(2)
-    rho = np.exp(old) / np.exp(old).sum(1, keepdims=True)
+    rho = np.exp(old / cfg.temperature)
+    rho /= rho.sum(1, keepdims=True)
     if cfg.variant == "rho":
         pushed = log_mean_exp64(q, rho)
     elif cfg.variant == "rho-weighted":

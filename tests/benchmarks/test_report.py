@@ -55,6 +55,7 @@ def test_a_page_is_filled():
 
 
 UNTIMED = {"sac", "td3_bc", "rebrac", "edac", "bcq", "bear", "brac", "awr", "rvs"}
+UNTIMED |= {"discrete_bcq", "discrete_cql"}
 
 
 def test_a_speed_can_be_traced():
