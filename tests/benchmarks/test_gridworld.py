@@ -23,7 +23,7 @@ def above(kind, how):
 
 
 def test_values_are_what_walks_earn():
-    """20,000 walks of 150 steps from the start by the uniform policy, the first step to the right."""
+    """20,000 walks of 150 steps from the start: one step right, then the uniform policy."""
     rng = np.random.default_rng(0)
     q = gridworld.true_q(UNIFORM)[gridworld.cell(0, 0), 1]
     place, earned = np.full(20_000, gridworld.cell(0, 0)), 0.0
