@@ -120,8 +120,10 @@ def unpack(archive, results):
     return count
 
 
-def collect(folder):
+def collect(folder, last=None):
     """What a run folder says of itself, as plain data.
+
+    last: the update whose returns are its result, if not that of num_updates.
 
     evaluations: {updates: (S, E) returns to two decimals}; returns: the last one's in full; curve:
     {updates: (S,) means}; seconds: {updates: of training and evaluating until then}.
@@ -129,8 +131,9 @@ def collect(folder):
     info = json.loads((folder / "config.json").read_text("utf-8"))
     returns = json.loads((folder / "returns.json").read_text("utf-8"))
     config, dataset = info["config"], info["dataset"]
-    if str(config["num_updates"]) not in returns:
-        raise SystemExit(f"{folder} has not finished: nothing at update {config['num_updates']:,}")
+    last = last or config["num_updates"]
+    if str(last) not in returns:
+        raise SystemExit(f"{folder} has not finished: nothing at update {last:,}")
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["step"] in returns]
     made = dataset["metadata"].get("stillwater", {})
@@ -152,7 +155,7 @@ def collect(folder):
         "curve": {step: np.mean(x, 1).round(2).tolist() for step, x in returns.items()},
         "seconds": {row["step"]: float(row["seconds"]) for row in rows},
         "evaluations": {step: np.round(x, 2).tolist() for step, x in returns.items()},
-        "returns": returns[str(config["num_updates"])],
+        "returns": returns[str(last)],
     }
 
 
