@@ -54,6 +54,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 POINTS = 20_000, 50_000, 100_000  # updates that the table shows
 SPAN, MOVES = 10_000, 0.02  # a Q that changes by a larger share in so many updates still moves
+SIMULATOR = "algorithms/simulator.py"  # runs of simulator.py, as runs.command writes them
 USUAL = {  # settings that a name leaves out, and how it says others
     "num_actions": (1, "{} actions"),
     "max_epochs": (100, "model of {} epochs"),
@@ -80,6 +81,8 @@ class Config:
 def label(run):
     """A collected run's name in table and picture."""
     name, own = NAMES[run["algorithm"]], run["config"]
+    if SIMULATOR in run["command"]:
+        return f"{name}, beta {own['beta']:g}, the simulator as its model"
     words = [name, f"beta {own['beta']:g}"] if name == "COMBO" else [name]
     words += [say.format(own[k]) for k, (usual, say) in USUAL.items() if own.get(k, usual) != usual]
     return ", ".join(words)
@@ -107,7 +110,8 @@ def curve(folder):
         "run": label(run),
         "dataset": run["dataset"],
         "data_score": round(score(run, level), 2),
-        **{key: run[key] for key in ("command", "commit", "device")},
+        "command": run["command"].replace(SIMULATOR, "-m benchmarks.studies.simulator"),
+        **{key: run[key] for key in ("commit", "device")},
         "scores": {
             step: np.round(score(run, np.array(x)), 2).tolist() for step, x in run["curve"].items()
         },

@@ -7,13 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import combo
+import gymnasium
 import jax
 import numpy as np
 import pytest
 import tiny
 
 from benchmarks import report
-from benchmarks.studies import settling
+from benchmarks.scores import runs
+from benchmarks.studies import settling, simulator
 from common import datasets, evaluation
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +77,25 @@ def test_a_runs_curve(folder, monkeypatch):
     monkeypatch.setattr(settling, "POINTS", (20, 30))
     line = report.settling_table([row]).splitlines()[2]
     assert line.endswith("| 25.0 [15.0, 35.0] | – | 21 ↑ | – |")  # nothing where it had stopped
+
+
+def test_the_simulator_as_the_model():
+    """It repeats the data's transitions, and a run with it is named so."""
+    data = datasets.load("stillwater/halfcheetah/medium-v0")
+    env = gymnasium.make(simulator.ENV).unwrapped
+    obs, action = (x[:6].reshape(2, 3, -1) for x in (data.obs, data.action))
+    step = jax.vmap(lambda o, a: simulator.simulator_step(env)(None, o, a, None, None))
+    next_obs, reward = jax.jit(step)(obs, action)
+    np.testing.assert_allclose(next_obs.reshape(6, -1), data.next_obs[:6], atol=1e-5)
+    np.testing.assert_allclose(reward.reshape(6), data.reward[:6], atol=1e-5)
+    command = runs.command({"command": ["/somewhere/studies/simulator.py"]})
+    run = {"algorithm": "combo", "config": {"beta": 0.5}, "command": command}
+    assert settling.label(run) == "COMBO, beta 0.5, the simulator as its model"
+
+
+def test_only_what_is_simulated():
+    with pytest.raises(SystemExit, match="only HalfCheetah-v5 is simulated"):
+        simulator.main(combo.Config(env="stillwater/hopper/medium-v0"))
 
 
 def test_what_was_measured_before_stays(folder, tmp_path):
