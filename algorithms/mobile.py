@@ -1,4 +1,6 @@
-"""Model-Bellman Inconsistency penalised Offline RL (MOBILE). Sun et al. 2023, ICML (PMLR 202).
+"""Model-Bellman Inconsistency Penalized Policy Optimization (MOBILE).
+
+Sun et al. 2023, ICML, proceedings.mlr.press/v202/sun23q.html.
 
 Roll the policy out in a learned model and learn from real and imagined steps by soft actor-critic.
 The target of an imagined step is lowered by what the model's error means for Q: how far the Bellman

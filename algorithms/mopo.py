@@ -29,7 +29,7 @@ critics each against the others as they were. Settings are those of the trusted 
 - the temperature has no upper bound (1)
 - the policy's rate falls with each update (with each 1,000th)
 - log std has CQL's learned affine map and a floor of -20 (none, -5)
-- rollouts stop at states farther out than the data's range is wide (never)
+- rollouts stop at states farther out than the data's range is wide (where a value exceeds 100)
 - Dynamics as in combo.py, whose docstring lists what differs there
 """
 

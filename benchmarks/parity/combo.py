@@ -511,7 +511,7 @@ def our_fit(inputs):
         seen["holdout error"].append(info["holdout_error"])
         seen["model gradient"].append(vector(kept["params"]))
     last = jax.device_get(fit.model.params["params"])
-    best = jax.device_get(combo.elites(fit, combo.Config(**SETTINGS)).params["params"])
+    best = jax.device_get(combo.elites(fit, SETTINGS["num_elites"]).params["params"])
     return {name: np.array(x) for name, x in seen.items()} | {
         "model's bounds after": np.array([last.pop("upper"), last.pop("lower")]),
         "model after": vector(last),
