@@ -21,6 +21,8 @@ RUN = dict(
 )  # fmt: skip
 OWN = {
     "brac": dict(divergence="wasserstein"),  # which trains all its networks
+    "mobile": dict(real_fraction=0.5),
+    "mopo": dict(real_fraction=0.5),
     "diffuser": dict(
         horizon=16, diffusion_steps=2, width=32, multiples=(2,), guide_steps=1, plan_every=4
     ),

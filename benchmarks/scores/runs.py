@@ -25,7 +25,10 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "awac": "AWAC",
     "iql": "IQL",
     "cql": "CQL",
+    "mopo --penalty-scale 0": "MBPO",
+    "mopo": "MOPO",
     "combo": "COMBO",
+    "mobile": "MOBILE",
     "rvs": "RvS",
     "dt": "DT",
     "diffuser": "Diffuser",
@@ -35,6 +38,7 @@ HOW_LONG = """env env-id out seed num-seeds num-updates log-every eval-every eva
 save-every""".split()
 SHORT = {  # flags of the short budget, see __main__
     "cql": ["num-actions"],
+    **dict.fromkeys(("mopo", "mobile"), "max-epochs widths".split()),
     "combo": "num-actions max-epochs widths".split(),
     "rvs": "batch-size widths".split(),
     "dt": ["warmup"],

@@ -178,6 +178,21 @@ def combo(cfg, obs, action):
     return conservative(cfg, obs, action, rows)
 
 
+def mopo(cfg, obs, action):
+    """The updates are soft actor-critic's."""
+    return sac(cfg, obs, action)
+
+
+def mobile(cfg, obs, action):
+    """Soft actor-critic, and the elites' samples, the policy and the targets there."""
+    rows = cfg.batch_size - int(cfg.real_fraction * cfg.batch_size)  # penalised ones
+    rows *= cfg.num_samples
+    elite = mlp(rows, obs + action, *cfg.model_widths, 2 * (obs + 1))
+    _, q, pi = (mlp(rows * cfg.num_elites, *x) for x in widths(cfg, obs, action, 2 * action))
+    penalty = times(cfg.num_elites, forward(elite)) + forward(pi) + times(2, forward(q))
+    return sac(cfg, obs, action) + penalty
+
+
 # --- A model of the environment ---
 
 
