@@ -20,6 +20,7 @@ RUN = dict(
     batch_size=8,
 )  # fmt: skip
 OWN = {
+    "fql": dict(chunk=3),  # which makes it a policy with memory
     "brac": dict(divergence="wasserstein"),  # which trains all its networks
     "diffuser": dict(
         horizon=16, diffusion_steps=2, width=32, multiples=(2,), guide_steps=1, plan_every=4

@@ -57,6 +57,7 @@ FLAGS = {
     "--model-widths 32 32 --model-decay 1e-5 1e-5 1e-5",
     "cql": f"{NETWORK} --num-actions 2",
     "diffuser": "--width 16 --multiples 1 2 --horizon 4 --samples 2 --ddim-steps 2 --plan-every 4",
+    "fql": f"{NETWORK} --chunk 3",
     "dt": "--width 16 --layers 1 --context 5 --warmup 100",
 }
 

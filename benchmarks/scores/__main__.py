@@ -50,6 +50,7 @@ SHORT = {  # flags of three seeds on three datasets, some nights of two CPU core
     **dict.fromkeys("sac td3_bc rebrac edac bcq bear brac awr awac iql".split(), SETTLED),
     "cql": f"{SETTLED} --num-actions 1",
     "combo": f"{SETTLED} --widths 256 256 --max-epochs 100",
+    "fql": f"{SETTLED} --widths 256 256",
     "rvs": "--num-updates 50000 --eval-every 5000 --batch-size 256 --widths 256 256",
     "dt": "--num-updates 5000 --eval-every 1000 --warmup 1000",
     "diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"

@@ -24,6 +24,7 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "awr": "AWR",
     "awac": "AWAC",
     "iql": "IQL",
+    "fql": "FQL",
     "cql": "CQL",
     "combo": "COMBO",
     "rvs": "RvS",
@@ -36,6 +37,7 @@ save-every""".split()
 SHORT = {  # flags of the short budget, see __main__
     "cql": ["num-actions"],
     "combo": "num-actions max-epochs widths".split(),
+    "fql": ["widths"],
     "rvs": "batch-size widths".split(),
     "dt": ["warmup"],
     "diffuser": "batch-size lr plan-every ddim-steps samples".split(),

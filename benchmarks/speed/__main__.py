@@ -55,6 +55,7 @@ UPDATES = {  # row: (algorithm, settings that differ from its defaults)
     "brac": ("brac", {}),
     "awr": ("awr", {}),
     "iql": ("iql", {}),
+    "fql": ("fql", {}),
     "awac": ("awac", {}),
     "awac, 2 layers": ("awac", dict(widths=(256, 256))),
     "cql": ("cql", {}),

@@ -73,6 +73,15 @@ def iql(cfg, obs, action):
     return values + times(2, forward(q) + learn(q)) + learn(pi)  # the targets', L_Q
 
 
+def fql(cfg, obs, action):
+    b, size = cfg.batch_size, cfg.chunk * action
+    v = mlp(b, obs + size + 1, *cfg.widths, size)
+    pi, q = (mlp(b, obs + size, *cfg.widths, out) for out in (size, 1))
+    evaluation = forward(pi) + times(2, forward(q) + learn(q))  # at s'; the targets', L_Q
+    improvement = times(cfg.flow_steps, forward(v)) + learn(pi) + times(2, to_inputs(q))
+    return learn(v) + evaluation + improvement
+
+
 def awac(cfg, obs, action):
     b = cfg.batch_size
     _, q, pi = (mlp(b, *x) for x in widths(cfg, obs, action, action))

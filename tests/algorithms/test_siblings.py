@@ -19,9 +19,9 @@ IDEA |= {"actor_loss", "critic_loss", "value_loss", "model_loss", "advantage"}
 # Files that are not named share one text: a new one is named only where it differs from them.
 VERSIONS = {
     "Actor": "awr | bear | brac | combo cql edac sac | rebrac td3_bc | rvs",
-    "Critic": "rebrac",
-    "act": "bcq bear | brac combo cql edac sac | diffuser | dt | rebrac td3_bc | rvs",
-    "policy": "bcq bear | diffuser | dt rvs",
+    "Critic": "fql | rebrac",
+    "act": "bcq bear | brac combo cql edac sac | diffuser | dt | fql | rebrac td3_bc | rvs",
+    "policy": "bcq bear | diffuser | dt fql rvs",
     "minibatch": "awr | diffuser | dt | rvs",
     "train_chunk": "awr | combo | diffuser dt | rebrac td3_bc | rvs",
     "Window": "dt",
