@@ -55,6 +55,8 @@ SHORT = {  # flags of three seeds on three datasets, some nights of two CPU core
     "dt": "--num-updates 5000 --eval-every 1000 --warmup 1000",
     "diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
     " --plan-every 2 --ddim-steps 5 --samples 16 --eval-episodes 5",  # a cheap planner
+    "decision_diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
+    " --plan-every 2 --ddim-steps 5 --eval-episodes 5",
 }
 BUDGETS = {"short": SHORT, "full": dict.fromkeys(SHORT, "") | {"10%bc": "--fraction 0.1"}}
 FILES = {"10%bc": "bc"}  # other names are file names

@@ -64,6 +64,7 @@ UPDATES = {  # row: (algorithm, settings that differ from its defaults)
     "dt": ("dt", dict(targets=(1.0,))),
     "rvs": ("rvs", dict(horizon=1000)),
     "diffuser": ("diffuser", DIFFUSER),
+    "decision_diffuser": ("decision_diffuser", dict(batch_size=32)),
 }
 OTHERS = ("dynamics", "rollout", "plan", "evaluation", "evaluation, dt")
 

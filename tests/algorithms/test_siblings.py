@@ -20,13 +20,16 @@ IDEA |= {"actor_loss", "critic_loss", "value_loss", "model_loss", "advantage"}
 VERSIONS = {
     "Actor": "awr | bear | brac | combo cql edac sac | rebrac td3_bc | rvs",
     "Critic": "fql | rebrac",
-    "act": "bcq bear | brac combo cql edac sac | diffuser | dt | fql | rebrac td3_bc | rvs",
-    "policy": "bcq bear | diffuser | dt fql rvs",
-    "minibatch": "awr | diffuser | dt | rvs",
-    "train_chunk": "awr | combo | diffuser dt | rebrac td3_bc | rvs",
-    "Window": "dt",
+    "act": "bcq bear | brac combo cql edac sac | decision_diffuser | diffuser | dt | fql"
+    " | rebrac td3_bc | rvs",
+    "policy": "bcq bear | decision_diffuser diffuser | dt fql rvs",
+    "minibatch": "awr | decision_diffuser | diffuser | dt | rvs",
+    "train_chunk": "awr | combo | decision_diffuser diffuser dt | rebrac td3_bc | rvs",
+    "Window": "decision_diffuser | dt",
     "Block": "dt",
     "candidates": "bear",
+    "TimeEmbedding": "decision_diffuser",
+    "plan": "decision_diffuser",
 }
 # What `train` does from its seeds' keys on is one text; these files have a line more.
 MORE = {

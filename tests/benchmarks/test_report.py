@@ -54,7 +54,19 @@ def test_a_page_is_filled():
     )
 
 
-UNTIMED = {"sac", "td3_bc", "rebrac", "edac", "bcq", "bear", "brac", "awr", "fql", "rvs"}
+UNTIMED = {
+    "sac",
+    "td3_bc",
+    "rebrac",
+    "edac",
+    "decision_diffuser",
+    "bcq",
+    "bear",
+    "brac",
+    "awr",
+    "fql",
+    "rvs",
+}
 
 
 def test_a_speed_can_be_traced():

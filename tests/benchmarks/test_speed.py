@@ -36,7 +36,7 @@ def counts(name, changes):
     first, data = arrays(module, datasets.load(speed.DATA), cfg)
     state = jax.eval_shape(partial(module.init, cfg=cfg), key, first)
     rows, sizes, more = jnp.zeros(cfg.batch_size, int), {}, {}
-    if name in ("dt", "diffuser", "rvs"):
+    if name in ("dt", "decision_diffuser", "diffuser", "rvs"):
         more = dict(cfg=cfg) | (dict(key=key) if name == "rvs" else {})
     if name == "awr":  # an iteration on an episode of one minibatch's size
         data, sizes = data._replace(rows=jax.tree.map(lambda x: x[rows], data.rows)), {"rows": 256}
