@@ -20,8 +20,8 @@ Squares are means over action dimensions, and Q is the mean of two critics. A ch
 cuts short teaches the flow its steps, and Q nothing.
 
 As the authors' code, not the paper: Q is divided by its mean size, which their README advises for
-new tasks; on the tasks of their paper TUNED has their alpha, for the undivided Q. Differs from the
-authors' code:
+new tasks; on the tasks of their paper TUNED has their alpha, for the undivided Q. The target moves
+towards the critics of before their step. Differs from the authors' code:
 - PyTorch's initialisation (uniform by the mean of fan-in and fan-out, biases 0)
 - alpha 0.3 where they have none: the one of their list (0.03 to 10) next to TD3+BC's 1 / 2.5
 - an Adam for each network (one for all; the same numbers)
