@@ -58,6 +58,8 @@ FLAGS = {
     **dict.fromkeys(("combo", "mobile", "mopo"), f"{NETWORK} {MODEL}"),
     "cql": f"{NETWORK} --num-actions 2",
     "diffuser": "--width 16 --multiples 1 2 --horizon 4 --samples 2 --ddim-steps 2 --plan-every 4",
+    "fql": f"{NETWORK} --chunk 3",
+    "decision_diffuser": "--width 16 --multiples 1 2 --horizon 4 --ddim-steps 2 --plan-every 3",
     "dt": "--width 16 --layers 1 --context 5 --warmup 100",
 }
 

@@ -52,10 +52,13 @@ SHORT = {  # flags of three seeds on three datasets, some nights of two CPU core
     "cql": f"{SETTLED} --num-actions 1",
     **dict.fromkeys(("mopo", "combo", "mobile"), MODEL),
     "mbpo": f"--penalty-scale 0 {MODEL}",
+    "fql": f"{SETTLED} --widths 256 256",
     "rvs": "--num-updates 50000 --eval-every 5000 --batch-size 256 --widths 256 256",
     "dt": "--num-updates 5000 --eval-every 1000 --warmup 1000",
     "diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
     " --plan-every 2 --ddim-steps 5 --samples 16 --eval-episodes 5",  # a cheap planner
+    "decision_diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
+    " --plan-every 2 --ddim-steps 5 --eval-episodes 5",
 }
 BUDGETS = {
     "short": SHORT,

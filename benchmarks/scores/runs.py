@@ -24,6 +24,7 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "awr": "AWR",
     "awac": "AWAC",
     "iql": "IQL",
+    "fql": "FQL",
     "cql": "CQL",
     "mopo --penalty-scale 0": "MBPO",
     "mopo": "MOPO",
@@ -32,6 +33,7 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "rvs": "RvS",
     "dt": "DT",
     "diffuser": "Diffuser",
+    "decision_diffuser": "Decision Diffuser",
 }
 STANDARD = tuple(NAMES.values())
 HOW_LONG = """env env-id out seed num-seeds num-updates log-every eval-every eval-episodes
@@ -40,8 +42,10 @@ SHORT = {  # flags of the short budget, see __main__
     "cql": ["num-actions"],
     **dict.fromkeys(("mopo", "mobile"), "max-epochs widths".split()),
     "combo": "num-actions max-epochs widths".split(),
+    "fql": ["widths"],
     "rvs": "batch-size widths".split(),
     "dt": ["warmup"],
+    "decision_diffuser": "batch-size lr plan-every ddim-steps".split(),
     "diffuser": "batch-size lr plan-every ddim-steps samples".split(),
 }
 ROBOTS = ("HalfCheetah", "Hopper", "Walker2d", "Ant")

@@ -56,6 +56,7 @@ UPDATES = {  # row: (algorithm, settings that differ from its defaults)
     "brac": ("brac", {}),
     "awr": ("awr", {}),
     "iql": ("iql", {}),
+    "fql": ("fql", {}),
     "awac": ("awac", {}),
     "awac, 2 layers": ("awac", dict(widths=(256, 256))),
     "cql": ("cql", {}),
@@ -66,6 +67,7 @@ UPDATES = {  # row: (algorithm, settings that differ from its defaults)
     "dt": ("dt", dict(targets=(1.0,))),
     "rvs": ("rvs", dict(horizon=1000)),
     "diffuser": ("diffuser", DIFFUSER),
+    "decision_diffuser": ("decision_diffuser", dict(batch_size=32)),
 }
 OTHERS = ("dynamics", "rollout", "plan", "evaluation", "evaluation, dt")
 

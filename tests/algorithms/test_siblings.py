@@ -19,14 +19,17 @@ IDEA |= {"actor_loss", "critic_loss", "value_loss", "model_loss", "advantage"}
 # Files that are not named share one text: a new one is named only where it differs from them.
 VERSIONS = {
     "Actor": "awr | bear | brac | combo cql edac mobile mopo sac | rebrac td3_bc | rvs",
-    "Critic": "rebrac",
-    "act": "bcq bear | brac combo cql edac mobile mopo sac | diffuser | dt | rebrac td3_bc | rvs",
-    "policy": "bcq bear | diffuser | dt rvs",
-    "minibatch": "awr | diffuser | dt | rvs",
-    "train_chunk": "awr | combo mobile mopo | diffuser dt | rebrac td3_bc | rvs",
-    "Window": "dt",
+    "Critic": "fql | rebrac",
+    "act": "bcq bear | brac combo cql edac mobile mopo sac | decision_diffuser | diffuser | dt"
+    " | fql | rebrac td3_bc | rvs",
+    "policy": "bcq bear | decision_diffuser diffuser | dt fql rvs",
+    "minibatch": "awr | decision_diffuser | diffuser | dt | rvs",
+    "train_chunk": "awr | combo mobile mopo | decision_diffuser diffuser dt | rebrac td3_bc | rvs",
+    "Window": "decision_diffuser | dt",
     "Block": "dt",
     "candidates": "bear",
+    "TimeEmbedding": "decision_diffuser",
+    "plan": "decision_diffuser",
     "backup": "mobile",
     "rollout": "mopo",
 }
