@@ -11,10 +11,14 @@ def arrays(module, dataset, cfg):
         return rows, module.Episodes(rows, dataset.start + dataset.length - 1)
     if name in ("dt", "diffuser"):
         rows = dataset.steps(getattr(cfg, "gamma", 1.0))
+    elif name == "decision_diffuser":
+        rows = module.shares(dataset.steps(cfg.gamma, cfg.end_return))
     elif name == "rvs":
         rows = module.hindsight(dataset, cfg)
     elif name == "rebrac":
         rows = module.transitions(dataset)
+    elif name == "fql":
+        rows = module.chunks(dataset, cfg)
     elif name == "bc":
         best = module.best_episodes(dataset, cfg.fraction)
         rows = jax.tree.map(lambda x: x[best], rows)

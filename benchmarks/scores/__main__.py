@@ -44,12 +44,15 @@ from common import experiment
 ROOT = Path(__file__).resolve().parents[2]
 
 SETTLED = "--num-updates 100000 --eval-every 5000"  # five time constants of a usual critic
+MODEL = f"{SETTLED} --widths 256 256 --max-epochs 100"
 SHORT = {  # flags of three seeds on three datasets, some nights of two CPU cores
     "bc": "--num-updates 50000 --eval-every 5000",
     "10%bc": "--fraction 0.1 --num-updates 50000 --eval-every 5000",
     **dict.fromkeys("sac td3_bc rebrac edac bcq bear brac awr awac iql".split(), SETTLED),
     "cql": f"{SETTLED} --num-actions 1",
-    "combo": f"{SETTLED} --widths 256 256 --max-epochs 100",
+    **dict.fromkeys(("mopo", "combo", "mobile"), MODEL),
+    "mbpo": f"--penalty-scale 0 {MODEL}",
+    "fql": f"{SETTLED} --widths 256 256",
     "bc-categorical": "--head categorical --num-updates 10000 --eval-every 1000",
     "dqn": f"{SETTLED} --widths 64 64 --alpha 0",
     **dict.fromkeys(["discrete_bcq", "discrete_cql"], f"{SETTLED} --widths 64 64"),
@@ -57,10 +60,22 @@ SHORT = {  # flags of three seeds on three datasets, some nights of two CPU core
     "dt": "--num-updates 5000 --eval-every 1000 --warmup 1000",
     "diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
     " --plan-every 2 --ddim-steps 5 --samples 16 --eval-episodes 5",  # a cheap planner
+    "decision_diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
+    " --plan-every 2 --ddim-steps 5 --eval-episodes 5",
 }
-FULL = dict.fromkeys(SHORT, "") | {"10%bc": "--fraction 0.1", "dqn": "--alpha 0"}
-BUDGETS = {"short": SHORT, "full": FULL | {"bc-categorical": "--head categorical"}}
-FILES = {"10%bc": "bc", "bc-categorical": "bc", "dqn": "discrete_cql"}  # others are file names
+FULL = dict.fromkeys(SHORT, "") | {
+    "10%bc": "--fraction 0.1",
+    "mbpo": "--penalty-scale 0",
+    "bc-categorical": "--head categorical",
+    "dqn": "--alpha 0",
+}
+BUDGETS = {"short": SHORT, "full": FULL}
+FILES = {  # other names are file names
+    "10%bc": "bc",
+    "mbpo": "mopo",
+    "bc-categorical": "bc",
+    "dqn": "discrete_cql",
+}
 DISCRETE = ("bc-categorical", "dqn", "discrete_bcq", "discrete_cql")  # take discrete actions
 CHOICES = ("cartpole", "acrobot", "lunarlander", "minatar")  # words in names of discrete datasets
 DATASETS = ("halfcheetah/medium-v0", "hopper/medium-replay-v0", "walker2d/medium-v0")

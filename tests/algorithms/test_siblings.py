@@ -18,20 +18,26 @@ IDEA |= {"ACTIONS", "actor_loss", "critic_loss", "value_loss", "model_loss", "ad
 # and these, each text shared by the files between two bars: other kinds of policy and of data.
 # Files that are not named share one text: a new one is named only where it differs from them.
 VERSIONS = {
-    "Actor": "awr | bear | brac | combo cql edac sac | rebrac td3_bc | rvs",
-    "Critic": "discrete_cql | rebrac",
-    "act": "bcq bear | brac combo cql edac sac | diffuser | discrete_bcq | discrete_cql | dt"
-    " | rebrac td3_bc | rvs",
-    "policy": "bcq bear | diffuser | discrete_bcq | dt rvs",
-    "minibatch": "awr | diffuser | dt | rvs",
-    "train_chunk": "awr | combo | diffuser dt | rebrac td3_bc | rvs",
-    "Window": "dt",
+    "Actor": "awr | bear | brac | combo cql edac mobile mopo sac | rebrac td3_bc | rvs",
+    "Critic": "discrete_cql | fql | rebrac",
+    "act": "bcq bear | brac combo cql edac mobile mopo sac | decision_diffuser | diffuser"
+    " | discrete_bcq | discrete_cql | dt | fql | rebrac td3_bc | rvs",
+    "policy": "bcq bear | decision_diffuser diffuser | discrete_bcq | dt fql rvs",
+    "minibatch": "awr | decision_diffuser | diffuser | dt | rvs",
+    "train_chunk": "awr | combo mobile mopo | decision_diffuser diffuser dt | rebrac td3_bc | rvs",
+    "Window": "decision_diffuser | dt",
     "Block": "dt",
     "candidates": "bear",
+    "TimeEmbedding": "decision_diffuser",
+    "plan": "decision_diffuser",
+    "backup": "mobile",
+    "rollout": "mopo",
 }
 # What `train` does from its seeds' keys on is one text; these files have a line more.
 MORE = {
     "combo": "if run.step == 0:\n    state = run.restore(state.replace(dynamics=fit_dynamics(",
+    "mopo": "if run.step == 0:\n    dynamics = fit_dynamics(",
+    "mobile": "if run.step == 0:\n    state = run.restore(state.replace(dynamics=fit_dynamics(",
     "brac": "if run.step == 0:\n    state = run.restore(clone_behaviour(",
     "dt": "report(run, cfg.targets)",
 }
@@ -93,6 +99,13 @@ def test_what_all_files_have():
 
 def test_cql_and_combo_have_one_policy():
     assert BLOCKS["cql"]["actor_loss"] == BLOCKS["combo"]["actor_loss"]
+
+
+def test_the_model_is_one_text():
+    """That of the section Dynamics and of the buffer, comments included."""
+    based = [text for text in FILES.values() if "# --- Dynamics ---\n\n" in text]
+    parts = {text.split("# --- Dynamics ---\n\n")[1].split("class State:")[0] for text in based}
+    assert len(based) == 3 and len(parts) == 1
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -189,7 +202,7 @@ def test_common_knows_no_algorithm(name):
 @pytest.mark.parametrize("name", FILES)
 def test_the_docstring_says_what_a_reader_needs(name):
     text = ast.get_docstring(ast.parse(FILES[name]))
-    assert re.search(r"arXiv:\d{4}\.\d{5}", text)
+    assert re.search(r"arXiv:\d{4}\.\d{5}|proceedings\.mlr\.press/v\d+/\w+", text)
     assert f"Run: python algorithms/{name}.py" in text
     assert "Differs from" in " ".join(text.split())
 

@@ -54,7 +54,9 @@ def test_a_page_is_filled():
     )
 
 
-UNTIMED = {"sac", "td3_bc", "rebrac", "edac", "bcq", "bear", "brac", "awr", "rvs"}
+UNTIMED = set(
+    "sac td3_bc rebrac edac bcq bear brac awr rvs mopo mobile fql decision_diffuser".split()
+)
 UNTIMED |= {"discrete_bcq", "discrete_cql"}
 
 

@@ -231,16 +231,17 @@ def test_without_ray_one_message(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("budget", scores.BUDGETS)
 def test_every_budget_has_every_algorithm(budget, tmp_path):
-    """Every file and 10%BC, on three datasets; each command is one that its file accepts."""
+    """Every file, 10%BC and MBPO, on three datasets; each command is one that its file accepts."""
     files = {path.stem for path in ROOT.glob("algorithms/*.py")}
     cells = scores.grid(parse([f"--budget={budget}"], tmp_path))
-    assert len(cells) == 3 * (len(files) + 1)
+    assert len(cells) == 3 * (len(files) + 2)
     assert {cell.algorithm for cell in cells} == files
     assert len({cell.name for cell in cells}) == len(cells)
     updates = {(cell.algorithm, cell.config.num_updates) for cell in cells}
     assert len(updates) == len(files)
     if budget == "full":
         other = {"dt": 100_000, "rvs": 100_000, "brac": 500_000, "edac": 3_000_000}
+        other |= {"mopo": 3_000_000, "mobile": 3_000_000}
         assert dict(updates) == dict.fromkeys(dict(updates), 1_000_000) | other
     for name in scores.DATASETS:
         assert (ROOT / "data/stillwater" / name).is_dir()
