@@ -13,6 +13,11 @@ probability of every action is stored with each row, for off-policy evaluation: 
 `probability` (T, A). A time limit is a truncation, never a termination. The result is a Minari
 dataset with its provenance: `<out>/stillwater/<env>/<kind>-v0/data/{metadata.json,main_data.hdf5}`.
 
+Other environments with discrete actions need their packages and perhaps a time limit:
+
+    --env-id LunarLander-v3
+    --env-id 'MinAtar/Breakout-v1 {"max_episode_steps": 1000}' --env-module MODULE
+
 All kinds of one environment and seed share one DQN, which is algorithms/discrete_cql.py with
 --alpha 0 on the replay that it fills. Every 1,000 steps its greedy policy is scored in ten
 episodes: these are the policies to choose from. The mixture of epsilons is that of Fujimoto et al.
@@ -21,6 +26,7 @@ policy, both measured here.
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -186,7 +192,8 @@ def act(state, carry, obs, *_):
 
 def load_or_train(cfg, env):
     """The Trained of these settings, from the folder `work` if it is there."""
-    folder = Path(cfg.work) / f"{cfg.env_id}-s{cfg.seed}"
+    name = re.sub(r"[^\w.-]+", "-", cfg.env_id)  # it may have options
+    folder = Path(cfg.work) / f"{name}-s{cfg.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     left_out = "kind", "num_steps", "out", "work", "medium_fraction"
     settings = json.dumps({k: v for k, v in asdict(cfg).items() if k not in left_out})

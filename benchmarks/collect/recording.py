@@ -1,6 +1,7 @@
 """Episodes of policies as rows, and rows as a Minari dataset with its provenance."""
 
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -13,6 +14,8 @@ import h5py
 import minari
 import numpy as np
 from minari.data_collector import EpisodeBuffer
+
+from common.evaluation import options
 
 FIELDS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
 
@@ -90,7 +93,8 @@ def export(cfg, rows, shape, action_space, reference, about, made_by, packages=(
     about: facts for the metadata. made_by: the behaviour in words. packages: of the environment.
     infos: names of further rows to store as Minari's infos.
     """
-    env_name = cfg.env_id.rsplit("-", 1)[0].lower().replace("_", "-")
+    env_name, _ = options.split(cfg.env_id)
+    env_name = re.sub("[^a-z0-9]+", "-", env_name.rsplit("-", 1)[0].lower())
     name = f"stillwater/{env_name}/{cfg.kind}-v0"
     final = Path(cfg.out).resolve() / name
     temporary = final.with_name(f".{final.name}.part")
@@ -119,7 +123,7 @@ def export(cfg, rows, shape, action_space, reference, about, made_by, packages=(
         dataset = minari.create_dataset_from_buffers(
             name,
             buffers,
-            env=cfg.env_id,
+            env=options.spec(cfg.env_id),
             observation_space=gymnasium.spaces.Box(-np.inf, np.inf, shape, np.float32),
             action_space=action_space,
             algorithm_name=made_by,

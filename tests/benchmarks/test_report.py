@@ -503,3 +503,23 @@ def test_a_longer_run_stands_in_where_its_learning_rate_knows_no_end():
                 report.ours(runs, "AWAC", "n", 5)
         else:
             assert report.ours(runs, "AWAC", "n", 5) == [[1.0], [2.0]]
+
+
+def test_discrete_actions_have_a_table_of_their_own():
+    """Methods by datasets, a gap where a run is missing; not in the headline, nor by time."""
+    runs = [
+        made("discrete_cql", "cart", env_id="CartPole-v1", scores=[[10.0]] * 5),
+        made("discrete_cql", "acro", env_id="Acrobot-v1", scores=[[30.0]] * 5),
+        made("bc", "cart", env_id="CartPole-v1", scores=[[50.0]] * 5),
+        made("iql", "n", scores=[[70.0]] * 5),
+    ]
+    runs[2]["command"] += " --head categorical"
+    runs = list(score_runs.merge(runs))
+    lines = score_tables.discrete_table(runs).splitlines()
+    assert lines[0] == "| score | acro | cart | updates | seeds |"
+    assert lines[3:] == [
+        "| BC-categorical |  | 50.0 ± 0.0 | 5 | 5 |",
+        "| discrete CQL | 30.0 ± 0.0 | 10.0 ± 0.0 | 5 | 5 |",
+    ]
+    assert "discrete" not in score_tables.headline(runs) + score_tables.time_table(runs)
+    assert score_tables.discrete_table(runs[-1:]) == ""

@@ -245,3 +245,17 @@ def test_every_budget_has_every_algorithm(budget, tmp_path):
         assert dict(updates) == dict.fromkeys(dict(updates), 1_000_000) | other
     for name in scores.DATASETS:
         assert (ROOT / "data/stillwater" / name).is_dir()
+
+
+def test_files_for_discrete_actions_meet_their_datasets_alone(tmp_path):
+    """And each of the four has a cell of its own: DQN is CQL's file, with another alpha."""
+    names = ["bc", "bc-categorical", "dqn", "discrete_cql", "discrete_bcq"]
+    sets = [PENDULUM, "stillwater/cartpole/replay-v0", "stillwater/acrobot/medium-v0"]
+    cells = scores.grid(parse(["--algorithms", *names, "--datasets", *sets], tmp_path))
+    found = {(cell.words[cell.words.index("--env") + 1], cell.algorithm) for cell in cells}
+    assert (PENDULUM, "bc") in found and len(cells) == 1 + 2 * 4
+    assert {name for env, name in found if env != PENDULUM} == {"bc", *names[3:]}
+    heads = [cell.config.head for cell in cells if cell.algorithm == "bc"]
+    assert heads == ["deterministic", "categorical", "categorical"]
+    alphas = [cell.config.alpha for cell in cells if cell.algorithm == "discrete_cql"]
+    assert alphas == [0, 0, 1, 1]
