@@ -300,6 +300,7 @@ TABLES = {  # name in a page: what stands there
     "scores": of_scores(score_tables.long_table),
     "aggregate": of_scores(score_tables.aggregate),
     "time": of_scores(score_tables.time_table),
+    "discrete": of_scores(score_tables.discrete_table),
     "peers": lambda stored: peers_table(*stored.runs()),
     "parity": lambda stored: parity_table(stored("parity")),
     "resume": lambda stored: resume_table(stored("resume")["rows"]),

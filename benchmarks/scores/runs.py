@@ -31,16 +31,23 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "combo": "COMBO",
     "mobile": "MOBILE",
     "rvs": "RvS",
+    "bc --head categorical": "BC-categorical",
+    "discrete_cql --alpha 0": "DQN",
+    "discrete_bcq": "discrete BCQ",
+    "discrete_cql": "discrete CQL",
     "dt": "DT",
     "diffuser": "Diffuser",
     "decision_diffuser": "Decision Diffuser",
 }
 STANDARD = tuple(NAMES.values())
+DISCRETE = ("BC-categorical", "DQN", "discrete BCQ", "discrete CQL")  # on data of their own
 HOW_LONG = """env env-id out seed num-seeds num-updates log-every eval-every eval-episodes
 save-every""".split()
 SHORT = {  # flags of the short budget, see __main__
     "cql": ["num-actions"],
     **dict.fromkeys(("mopo", "mobile"), "max-epochs widths".split()),
+    "discrete_bcq": ["widths"],
+    "discrete_cql": ["widths"],
     "combo": "num-actions max-epochs widths".split(),
     "fql": ["widths"],
     "rvs": "batch-size widths".split(),

@@ -39,14 +39,18 @@ class Env(NamedTuple):
     limit: int = 0  # time limit of an episode in steps; 0: unknown
     clip: bool = False  # data may hold actions beyond the bounds, which the environment clips
     is_drawn: bool = False  # whether it can render frames
+    num_actions: int = 0  # how many discrete actions there are; 0: actions are vectors
 
 
 def make(env_id, **kwargs):
     """A Gymnasium environment that takes actions in [-1, 1], whatever its own bounds are.
 
+    Of A discrete actions it takes the one with the largest entry of a vector (A,). Small images
+    become vectors.
+
     env_id: an id, with options or without, see options.py. kwargs: of gymnasium.make. Raises
-    EvaluationError for an id that Gymnasium cannot make, for observations or actions that are not
-    vectors, and for an environment without a time limit.
+    EvaluationError for an id that Gymnasium cannot make, for observations or actions of other
+    kinds, and for an environment without a time limit.
     """
     env = make_raw(env_id, **kwargs)
     action, limit = env.action_space, env.spec.max_episode_steps
@@ -85,6 +89,9 @@ def inspect(env_id) -> Env:
         raise EvaluationError(f"{env_id} cannot be used: {one_line(error)}") from None
     limit, action = env.spec.max_episode_steps, raw.action_space
     is_drawn = "rgb_array" in (env.metadata or {}).get("render_modes", ())
+    if isinstance(action, gymnasium.spaces.Discrete):
+        count = int(action.n)
+        return Env(env_id, size[0], limit=limit, is_drawn=is_drawn, num_actions=count)
     return Env(env_id, size[0], action.low, action.high, limit, is_drawn=is_drawn)
 
 
@@ -142,6 +149,17 @@ class FlatDict(gymnasium.Wrapper):
         return np.concatenate([obs[name] for name in self._names], dtype=np.float32)
 
 
+class Choice(gymnasium.ActionWrapper):
+    """An environment with A discrete actions that takes vectors (A,): the largest entry's."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (int(env.action_space.n),))
+
+    def action(self, action):
+        return int(np.argmax(action))
+
+
 class FlatMaze(gymnasium.Wrapper):
     """PointMaze with flat observations and a goal in the middle of the cell `goal`, if not None."""
 
@@ -189,12 +207,17 @@ def make_raw(env_id, **kwargs):
             env = FlatMaze(env, None if "maze_map" in options else goal_cell(name))
         elif is_dict_of_vectors(env.observation_space):
             env = FlatDict(env)
+        elif is_small_image(env.observation_space):
+            env = gymnasium.wrappers.FlattenObservation(env)
+        if is_choice(env.action_space):
+            env = Choice(env)
     except Exception as error:  # an environment's constructor may raise anything
         raise EvaluationError(f"{env_id} cannot be made: {one_line(error)}") from error
     obs, action = env.observation_space, env.action_space
     if not (is_vector(obs) and is_vector(action)):
         raise EvaluationError(
-            f"{env_id}: observations and actions must be vectors, not {obs} and {action}"
+            f"{env_id}: observations must be vectors and actions vectors or discrete, "
+            f"not {obs} and {action}"
         )
     if not np.isfinite([action.low, action.high]).all():
         raise EvaluationError(f"{env_id}: actions must have bounds, not {action}")
@@ -204,6 +227,17 @@ def make_raw(env_id, **kwargs):
 def is_vector(space):
     """Whether a space holds vectors."""
     return isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
+
+
+def is_small_image(space):
+    """Whether a space holds images of at most 4,096 numbers."""
+    is_image = isinstance(space, gymnasium.spaces.Box) and len(space.shape) > 1
+    return is_image and np.prod(space.shape) <= 4096
+
+
+def is_choice(space):
+    """Whether a space holds discrete actions that are numbered from 0."""
+    return isinstance(space, gymnasium.spaces.Discrete) and space.start == 0
 
 
 def is_dict_of_vectors(space):

@@ -55,7 +55,8 @@ def test_a_page_is_filled():
 
 
 UNTIMED = set(
-    "sac td3_bc rebrac edac bcq bear brac awr rvs mopo mobile fql decision_diffuser".split()
+    """sac td3_bc rebrac edac bcq bear brac awr rvs mopo mobile fql decision_diffuser discrete_bcq
+    discrete_cql""".split()
 )
 
 
