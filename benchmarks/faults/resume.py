@@ -61,9 +61,13 @@ FLAGS = {
 }
 
 
+FILES = sorted((ROOT / "algorithms").glob("*.py"))
+TRAINERS = tuple(x.stem for x in FILES if "\ndef train(" in x.read_text("utf-8"))
+
+
 @dataclass(frozen=True)
 class Config:
-    algorithms: tuple[str, ...] = tuple(sorted(x.stem for x in (ROOT / "algorithms").glob("*.py")))
+    algorithms: tuple[str, ...] = TRAINERS
     kills: int = 10  # for each algorithm
     seed: int = 0  # seed of the random moments
     results: str = str(ROOT / "benchmarks/results/resume.json")  # file to write
