@@ -45,7 +45,7 @@ def evaluate(policy, env_id, num_seeds, episodes, seed=0, gamma=1.0):
 _threads = functools.cache(ThreadPoolExecutor)
 
 
-def _stepped(envs, rows, action):
+def stepped(envs, rows, action):
     """(row, result of its environment's step) for each of `rows`, which the cores share."""
 
     def some(part):
@@ -79,7 +79,7 @@ def rollout(policy, envs, num_seeds, seed, gamma=1.0):
 
         action, running = action.clip(-1, 1), []
         obs, reward = obs.copy(), np.zeros_like(reward)  # copies: the carry may hold the old arrays
-        for i, result in _stepped(envs, active, action):
+        for i, result in stepped(envs, active, action):
             obs[i], gained, terminated, truncated, _ = result
             gained = np.asarray(gained, float).item()  # some environments return an array of one
             reward[i] = gained

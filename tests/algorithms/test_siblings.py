@@ -34,6 +34,7 @@ MORE = {
     "combo": "if run.step == 0:\n    state = run.restore(state.replace(dynamics=fit_dynamics(",
     "brac": "if run.step == 0:\n    state = run.restore(clone_behaviour(",
     "dt": "report(run, cfg.targets)",
+    **dict.fromkeys(("awac", "iql"), "if cfg.online_steps:"),
 }
 SHARED = """env env_id env_module seed num_seeds num_updates log_every eval_every eval_episodes out
 resume wandb batch_size gamma lr actor_lr critic_lr polyak widths normalize""".split()
@@ -133,11 +134,11 @@ def starts(lines, words):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_train_sets_up_and_loops_as_all_do(name):
     """Its head: the config, its check against the data, the run. Then what is learned from; then,
-    from the keys on, the text of IQL, but for MORE and what else a chunk is told."""
-    lines, iql = statements(name, "train"), statements("iql", "train")
+    from the keys on, the text of CQL, but for MORE and what else a chunk is told."""
+    lines, cql = statements(name, "train"), statements("cql", "train")
     has = BLOCKS[name].keys()
     tuned = "TUNED" if "TUNED" in has else "{}"
-    assert lines[:2] == [iql[0], f"cfg = experiment.resolve(cfg, {tuned}, dataset)"]
+    assert lines[:2] == [cql[0], f"cfg = experiment.resolve(cfg, {tuned}, dataset)"]
     run, keys = starts(lines, "run = "), starts(lines, "keys = ")
     assert lines[run] == "run = experiment.Run(cfg, dataset)"
     assert ("check(cfg, dataset)" in lines[2:run]) == ("check" in has)
@@ -146,7 +147,7 @@ def test_train_sets_up_and_loops_as_all_do(name):
     rest = [line.replace("data.rows)", "data)") for line in rest]  # AWR has more than rows
     if name in MORE:
         del rest[starts(rest, MORE[name])]
-    assert rest == iql[starts(iql, "keys = ") :]
+    assert rest == cql[starts(cql, "keys = ") :]
 
 
 @pytest.mark.parametrize("name", TRAINERS)
