@@ -257,15 +257,13 @@ def explore(state, obs, key, t):
     return pi.sample(seed=jax.random.split(jax.random.fold_in(key, t), 3)[2]).clip(-1, 1)
 
 
-def learn(state, data, row, end, key, t, cfg):
-    """Stores a row of the environment; online update t, on the data and the stored rows alike."""
-    count, size = t - cfg.num_updates + cfg.online_steps, len(data.reward)
-    replay = jax.tree.map(lambda x, y: x.at[count - 1].set(y), state.replay, datasets.Batch(*row))
-    state = state.replace(replay=replay, end=state.end.at[count - 1].set(end))
+def learn(state, data, key, t, cfg):
+    """Online update t, on the data and the rows of the environment so far, all rows alike."""
+    known, count = len(data.reward), t - cfg.num_updates + cfg.online_steps
     k_rows, k_update, _ = jax.random.split(jax.random.fold_in(key, t), 3)
-    rows = jax.random.randint(k_rows, (cfg.batch_size,), 0, size + count)
-    known, new = minibatch(state, data, rows), minibatch(state, replay, rows - size)
-    batch = jax.tree.map(lambda x, y: jax.vmap(jnp.where)(rows < size, x, y), known, new)
+    rows = jax.random.randint(k_rows, (cfg.batch_size,), 0, known + count)
+    batches = minibatch(state, data, rows), minibatch(state, state.replay, rows - known)
+    batch = jax.tree.map(lambda x, y: jax.vmap(jnp.where)(rows < known, x, y), *batches)
     return update(state, batch, k_update, cfg)
 
 

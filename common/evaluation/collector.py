@@ -1,5 +1,7 @@
 """Steps environments one step at a time, for training with them."""
 
+from functools import partial
+
 import jax
 import numpy as np
 
@@ -57,37 +59,44 @@ class Collector:
         return obs, action, reward, next_obs, done, end
 
 
+@partial(jax.jit, donate_argnums=0)
+def _store(held, rows, at):
+    """Arrays (S, M, ...) with `rows` (S, ...) at index `at` of axis 1, written in place."""
+    return jax.tree.map(lambda x, y: x.at[:, at].set(y), held, rows)
+
+
 def alternate(chunk, explore, learn, transform, env_id, cfg, first):
     """`chunk` until update `first`; from then on a step of the environment before every update.
 
     chunk: (state, data, keys, step) -> (state, metrics) of all seeds: updates up to `step`.
     explore: (state, obs (D,), key, t) -> action (A,) of one seed, to take before update t.
-    learn: (state, data, row, end, key, t) -> (state, metrics) of one seed: stores the row (obs,
-        action, reward, next_obs, done) and makes update t. A state has what it stored: the Batch
-        `replay` of (S, M, ...) and `end` (S, M), whose first t - first rows are filled.
+    learn: (state, data, key, t) -> (state, metrics) of one seed: update t.
     transform: of rewards, as those of `data` have been.
+    env_id: as for `make`; raises EvaluationError as `make` does.
     cfg: with seed, num_seeds and log_every, the updates of a call.
+
+    A state has `replay`, a Batch of (S, M, ...), and `end` (S, M), 1 at the last row of an episode.
+    The first t - first rows are filled when update t is made.
 
     Returns a function to use like `chunk`. A resumed run goes on in the same episodes.
     """
     seeds, envs = cfg.seed + np.arange(cfg.num_seeds), None
     act = jax.jit(jax.vmap(explore, (0, 0, 0, None)))
-    learn = jax.jit(jax.vmap(learn, (0, None, 0, 0, 0, None)), donate_argnums=0)
+    learn = jax.jit(jax.vmap(learn, (0, None, 0, None)), donate_argnums=0)
 
     def both(state, data, keys, step):
         nonlocal envs
         if step <= first:
             return chunk(state, data, keys, step)
-        begin = step - cfg.log_every
+        begin, found = step - cfg.log_every, []
         if envs is None:
-            rows = slice(begin - first)
-            told = state.replay.action[:, rows], state.end[:, rows]
+            told = (x[:, : begin - first] for x in (state.replay.action, state.end))
             envs = Collector(env_id, seeds, *map(np.asarray, told))
-        found = []
         for t in range(begin + 1, step + 1):
             obs, action, reward, *others, end = envs.step(act(state, envs.obs, keys, t))
-            row = obs, action, transform(reward), *others
-            state, metrics = learn(state, data, row, end, keys, t)
+            rows = type(state.replay)(obs, action, transform(reward), *others), end
+            replay, end = _store((state.replay, state.end), rows, t - first - 1)
+            state, metrics = learn(state.replace(replay=replay, end=end), data, keys, t)
             found.append(metrics)
         found = jax.device_get(found)
         return state, {name: np.mean([x[name] for x in found], 0) for name in found[0]}

@@ -139,11 +139,10 @@ def test_batches_come_from_data_and_stored_rows_alike(name, data, monkeypatch):
 
     monkeypatch.setattr(module, "update", update)
     state = module.init(jax.random.key(0), rows, cfg)
-    reward = jnp.full(60, 3.0).at[:15].set(2.0)
+    reward = jnp.full(60, 3.0).at[:16].set(2.0)
     state = state.replace(replay=state.replay._replace(reward=reward))
-    row = (rows.obs[0], rows.action[0], np.float32(2), rows.next_obs[0], np.float32(0))
     for seed in range(20):
-        module.learn(state, rows, row, 0.0, jax.random.key(seed), 56, cfg)  # the 16th step
+        module.learn(state, rows, jax.random.key(seed), 56, cfg)  # after the 16th step
     seen = np.concatenate(seen)
     assert set(np.unique(seen)) == {1.0, 2.0}
     share = 16 / 80
