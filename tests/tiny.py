@@ -21,6 +21,8 @@ RUN = dict(
 )  # fmt: skip
 OWN = {
     "brac": dict(divergence="wasserstein"),  # which trains all its networks
+    "cal_ql": dict(online_steps=50, critic_widths=(8, 8)),
+    "rlpd": dict(pretrain_updates=50),
     "diffuser": dict(
         horizon=16, diffusion_steps=2, width=32, multiples=(2,), guide_steps=1, plan_every=4
     ),

@@ -65,7 +65,7 @@ def _store(held, rows, at):
     return jax.tree.map(lambda x, y: x.at[:, at].set(y), held, rows)
 
 
-def alternate(chunk, explore, learn, transform, env_id, cfg, first):
+def alternate(chunk, explore, learn, transform, env_id, cfg, first, wait=0):
     """`chunk` until update `first`; from then on a step of the environment before every update.
 
     chunk: (state, data, keys, step) -> (state, metrics) of all seeds: updates up to `step`.
@@ -74,9 +74,11 @@ def alternate(chunk, explore, learn, transform, env_id, cfg, first):
     transform: of rewards, as those of `data` have been.
     env_id: as for `make`; raises EvaluationError as `make` does.
     cfg: with seed, num_seeds and log_every, the updates of a call.
+    wait: steps of the environment between update `first` and the next; `explore` sees t = first -
+        wait + 1, ..., first there.
 
     A state has `replay`, a Batch of (S, M, ...), and `end` (S, M), 1 at the last row of an episode.
-    The first t - first rows are filled when update t is made.
+    The first t - first + wait rows are filled when update t is made.
 
     Returns a function to use like `chunk`. A resumed run goes on in the same episodes.
     """
@@ -84,20 +86,26 @@ def alternate(chunk, explore, learn, transform, env_id, cfg, first):
     act = jax.jit(jax.vmap(explore, (0, 0, 0, None)))
     learn = jax.jit(jax.vmap(learn, (0, None, 0, None)), donate_argnums=0)
 
+    def take_step(state, keys, t):
+        obs, action, reward, *others, end = envs.step(act(state, envs.obs, keys, t))
+        rows = type(state.replay)(obs, action, transform(reward), *others), end
+        replay, end = _store((state.replay, state.end), rows, t - first - 1 + wait)
+        return state.replace(replay=replay, end=end)
+
     def both(state, data, keys, step):
         nonlocal envs
         if step <= first:
             return chunk(state, data, keys, step)
         begin, found = step - cfg.log_every, []
+        filled = begin - first + wait if begin > first else 0
         if envs is None:
-            told = (x[:, : begin - first] for x in (state.replay.action, state.end))
+            told = (x[:, :filled] for x in (state.replay.action, state.end))
             envs = Collector(env_id, seeds, *map(np.asarray, told))
-        for t in range(begin + 1, step + 1):
-            obs, action, reward, *others, end = envs.step(act(state, envs.obs, keys, t))
-            rows = type(state.replay)(obs, action, transform(reward), *others), end
-            replay, end = _store((state.replay, state.end), rows, t - first - 1)
-            state, metrics = learn(state.replace(replay=replay, end=end), data, keys, t)
-            found.append(metrics)
+        for t in range(first - wait + 1 + filled, step + 1):
+            state = take_step(state, keys, t)
+            if t > first:
+                state, metrics = learn(state, data, keys, t)
+                found.append(metrics)
         found = jax.device_get(found)
         return state, {name: np.mean([x[name] for x in found], 0) for name in found[0]}
 

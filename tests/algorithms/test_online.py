@@ -14,8 +14,9 @@ from test_all import differing, leaves, saved, table
 from common import evaluation, experiment
 from common.experiment import checkpoint, plots
 
-NAMES = ("iql", "awac")
-ONLINE = dict(num_updates=100, online_steps=60, eval_every=20, log_every=10, eval_episodes=1)
+NAMES = ("awac", "cal_ql", "iql", "rlpd")
+ONLINE = dict(num_updates=100, eval_every=20, log_every=10, eval_episodes=1)
+PHASES = dict.fromkeys(NAMES, dict(online_steps=60)) | {"rlpd": dict(pretrain_updates=40)}
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def data(tmp_path_factory):
 
 
 def train(name, data, out, **changes):
-    cfg = tiny.config(name, **ONLINE | changes, out=str(out))
+    cfg = tiny.config(name, **ONLINE | PHASES[name] | changes, out=str(out))
     state = importlib.import_module(name).train(cfg, data)
     (folder,) = out.glob(f"{name}/*/*")
     return cfg, state, folder
@@ -53,13 +54,17 @@ def test_rows_are_those_of_the_environment_with_the_datas_reward_transform(whole
     """The actions that are stored, taken again in a fresh environment, bring what is stored."""
     name, cfg, state, _ = whole
     cfg = experiment.resolve(cfg, importlib.import_module(name).TUNED, data)
-    scale = float(data.reward_scale()) if cfg.scale_reward else 1.0
+    scale = float(getattr(cfg, "scale_reward", 1))
+    scale = float(data.reward_scale()) if getattr(cfg, "scale_reward", 0) is True else scale
+    scale = scale or 1.0  # AWAC's False
+    count = 60 + getattr(cfg, "random_steps", 0)
     env = evaluation.make("Hopper-v5")
     for i, seed in enumerate((0, 1)):
         rows, end = jax.tree.map(lambda x, i=i: np.asarray(x[i]), (state.replay, state.end))
         episode, obs = 0, None
         assert end.sum() > 1 and np.abs(rows.action).max() <= 1
-        for t in range(60):
+        assert len(end) == count
+        for t in range(count):
             if obs is None:
                 words = np.random.SeedSequence([seed, episode]).generate_state(1)
                 obs = env.reset(seed=int(words[0] >> 1))[0]
@@ -75,8 +80,8 @@ def test_rows_are_those_of_the_environment_with_the_datas_reward_transform(whole
 
 def test_the_policy_explores(whole):
     """Both seeds act differently, and no action comes twice."""
-    action = np.asarray(whole[2].replay.action)
-    assert len(np.unique(action.reshape(-1, 3), axis=0)) == 120
+    action = np.asarray(whole[2].replay.action).reshape(-1, 3)
+    assert len(np.unique(action, axis=0)) == len(action) >= 120
 
 
 class Killed(BaseException):
@@ -125,11 +130,11 @@ def test_however_it_is_cut_and_before_the_first_step(data, tmp_path):
             np.testing.assert_array_equal(x, before[path], err_msg=path)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["awac", "iql"])
 def test_batches_come_from_data_and_stored_rows_alike(name, data, monkeypatch):
     """Rewards of data are 1, stored ones 2, rows that are not filled yet 3: none of the last."""
     module = importlib.import_module(name)
-    cfg = tiny.config(name, **ONLINE | {"batch_size": 64})
+    cfg = tiny.config(name, **ONLINE | PHASES[name] | {"batch_size": 64})
     rows = jax.tree.map(jnp.asarray, data.transitions())._replace(reward=jnp.ones(64))
     seen = []
 
@@ -149,7 +154,7 @@ def test_batches_come_from_data_and_stored_rows_alike(name, data, monkeypatch):
     assert abs((seen == 2).mean() - share) < 4 * np.sqrt(share * (1 - share) / len(seen))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["awac", "cal_ql", "iql"])
 @pytest.mark.parametrize("steps", [55, 120])
 def test_phases_that_do_not_fill_chunks_are_refused(name, steps, data, tmp_path):
     with pytest.raises(SystemExit, match=f"--online-steps {steps}: must be a multiple"):

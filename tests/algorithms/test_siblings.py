@@ -19,22 +19,26 @@ IDEA |= {"actor_loss", "critic_loss", "value_loss", "model_loss", "advantage"}
 # and these, each text shared by the files between two bars: other kinds of policy and of data.
 # Files that are not named share one text: a new one is named only where it differs from them.
 VERSIONS = {
-    "Actor": "awr | bear | brac | combo cql edac sac | rebrac td3_bc | rvs",
-    "Critic": "rebrac",
-    "act": "bcq bear | brac combo cql edac sac | diffuser | dt | rebrac td3_bc | rvs",
+    "Actor": "awr | bear | brac | cal_ql combo cql edac sac | rebrac td3_bc | rlpd | rvs",
+    "Critic": "rebrac | rlpd",
+    "act": "bcq bear | brac cal_ql combo cql edac rlpd sac | diffuser | dt | rebrac td3_bc | rvs",
     "policy": "bcq bear | diffuser | dt rvs",
     "minibatch": "awr | diffuser | dt | rvs",
-    "train_chunk": "awr | combo | diffuser dt | rebrac td3_bc | rvs",
+    "train_chunk": "awr | combo | diffuser dt | rebrac td3_bc | rlpd | rvs",
     "Window": "dt",
     "Block": "dt",
     "candidates": "bear",
+    "learn": "cal_ql | rlpd",
+    "temperature_loss": "rlpd",
+    "multiplier_loss": "cal_ql",
 }
 # What `train` does from its seeds' keys on is one text; these files have a line more.
 MORE = {
     "combo": "if run.step == 0:\n    state = run.restore(state.replace(dynamics=fit_dynamics(",
     "brac": "if run.step == 0:\n    state = run.restore(clone_behaviour(",
     "dt": "report(run, cfg.targets)",
-    **dict.fromkeys(("awac", "iql"), "if cfg.online_steps:"),
+    **dict.fromkeys(("awac", "cal_ql", "iql"), "if cfg.online_steps:"),
+    "rlpd": "if cfg.pretrain_updates < cfg.num_updates:",
 }
 SHARED = """env env_id env_module seed num_seeds num_updates log_every eval_every eval_episodes out
 resume wandb batch_size gamma lr actor_lr critic_lr polyak widths normalize""".split()
@@ -198,7 +202,8 @@ def test_the_docstring_says_what_a_reader_needs(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_schedule_of_the_runs_length_is_declared(name):
-    """A run is extended unless a field's comment says `until num_updates`."""
+    """A run is extended unless a field's comment says `until num_updates`, as of online steps."""
     scheduled = re.search(r"schedule\([^)]*cfg\.num_updates", FILES[name]) is not None
+    scheduled |= bool({"online_steps", "random_steps"} & fields(name).keys())
     declared = [field for field, (_, text) in fields(name).items() if "until num_updates" in text]
     assert scheduled == bool(declared)
