@@ -85,7 +85,7 @@ class Config:
     max_backup: bool = True  # the target takes the best of num_actions next actions
     scale_reward: float | None = None  # rewards times this; default 1, antmaze 10
     shift_reward: float | None = None  # added afterwards; default 0, antmaze -5
-    online_steps: int = 0  # last updates until num_updates: before each, a step in the environment
+    online_steps: int = 0  # one before each of the last updates until num_updates, in [0, inf)
     data_share: float = 0.5  # of an online batch, in [0, 1]
 
 

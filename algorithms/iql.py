@@ -74,7 +74,7 @@ class Config:
     max_weight: float = 100.0  # clip of the exponential in Eq. (7), in (0, inf]
     scale_reward: bool | None = None  # by 1000 / (best - worst return); default on, antmaze off
     shift_reward: float | None = None  # added to every reward; default 0, antmaze -1
-    online_steps: int = 0  # last updates until num_updates: before each, a step in the environment
+    online_steps: int = 0  # one before each of the last updates until num_updates, in [0, inf)
 
 
 class Dense(nn.Module):

@@ -79,7 +79,7 @@ class Config:
     backup_entropy: bool | None = None  # in y; default on, mazes and adroit off
     shift_reward: float | None = None  # added to every reward; default 0, antmaze -1
     random_steps: int = 5_000  # before the first step with an update; these go on until num_updates
-    pretrain_updates: int = 0  # first updates on data alone, without the environment
+    pretrain_updates: int = 0  # first updates, on data alone, in [0, inf)
 
 
 class Dense(nn.Module):

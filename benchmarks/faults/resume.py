@@ -55,9 +55,12 @@ FLAGS = {
     "brac": f"{NETWORK} --clone-updates 200",
     "combo": f"{NETWORK} --save-every 120 --max-epochs 3 --rollout-every 60 --rollout-batch 2000 "
     "--model-widths 32 32 --model-decay 1e-5 1e-5 1e-5",
+    "cal_ql": f"{NETWORK} --critic-widths 32 32 --num-actions 2 --online-steps 300",
     "cql": f"{NETWORK} --num-actions 2",
     "diffuser": "--width 16 --multiples 1 2 --horizon 4 --samples 2 --ddim-steps 2 --plan-every 4",
     "dt": "--width 16 --layers 1 --context 5 --warmup 100",
+    "iql": f"{NETWORK} --online-steps 300",
+    "rlpd": f"{NETWORK} --utd 2 --num-critics 4 --random-steps 100 --pretrain-updates 300",
 }
 
 

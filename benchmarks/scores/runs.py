@@ -25,16 +25,19 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "awac": "AWAC",
     "iql": "IQL",
     "cql": "CQL",
+    "cal_ql": "Cal-QL",
     "combo": "COMBO",
     "rvs": "RvS",
     "dt": "DT",
     "diffuser": "Diffuser",
+    "rlpd": "RLPD",
 }
 STANDARD = tuple(NAMES.values())
 HOW_LONG = """env env-id out seed num-seeds num-updates log-every eval-every eval-episodes
 save-every""".split()
 SHORT = {  # flags of the short budget, see __main__
     "cql": ["num-actions"],
+    "cal_ql": ["num-actions"],
     "combo": "num-actions max-epochs widths".split(),
     "rvs": "batch-size widths".split(),
     "dt": ["warmup"],

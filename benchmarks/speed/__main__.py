@@ -59,6 +59,8 @@ UPDATES = {  # row: (algorithm, settings that differ from its defaults)
     "awac, 2 layers": ("awac", dict(widths=(256, 256))),
     "cql": ("cql", {}),
     "cql, 3 layers": ("cql", dict(widths=(256, 256, 256))),
+    "cal_ql": ("cal_ql", {}),
+    "rlpd": ("rlpd", dict(pretrain_updates=250_000)),  # without the environment
     "combo": ("combo", COMBO | dict(horizon=1, rollout_batch=500, retain=500)),  # updates alone
     "dt": ("dt", dict(targets=(1.0,))),
     "rvs": ("rvs", dict(horizon=1000)),

@@ -54,7 +54,7 @@ def test_a_page_is_filled():
     )
 
 
-UNTIMED = {"sac", "td3_bc", "rebrac", "edac", "bcq", "bear", "brac", "awr", "rvs"}
+UNTIMED = {"sac", "td3_bc", "rebrac", "edac", "bcq", "bear", "brac", "awr", "rvs", "cal_ql", "rlpd"}
 
 
 def test_a_speed_can_be_traced():

@@ -240,7 +240,7 @@ def test_every_budget_has_every_algorithm(budget, tmp_path):
     updates = {(cell.algorithm, cell.config.num_updates) for cell in cells}
     assert len(updates) == len(files)
     if budget == "full":
-        other = {"dt": 100_000, "rvs": 100_000, "brac": 500_000, "edac": 3_000_000}
+        other = {"dt": 100_000, "rvs": 100_000, "brac": 500_000, "edac": 3_000_000, "rlpd": 250_000}
         assert dict(updates) == dict.fromkeys(dict(updates), 1_000_000) | other
     for name in scores.DATASETS:
         assert (ROOT / "data/stillwater" / name).is_dir()
