@@ -26,6 +26,7 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "iql": "IQL",
     "fql": "FQL",
     "cql": "CQL",
+    "cal_ql": "Cal-QL",
     "mopo --penalty-scale 0": "MBPO",
     "mopo": "MOPO",
     "combo": "COMBO",
@@ -38,6 +39,7 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "dt": "DT",
     "diffuser": "Diffuser",
     "decision_diffuser": "Decision Diffuser",
+    "rlpd": "RLPD",
 }
 STANDARD = tuple(NAMES.values())
 DISCRETE = ("BC-categorical", "DQN", "discrete BCQ", "discrete CQL")  # on data of their own
@@ -48,6 +50,7 @@ SHORT = {  # flags of the short budget, see __main__
     **dict.fromkeys(("mopo", "mobile"), "max-epochs widths".split()),
     "discrete_bcq": ["widths"],
     "discrete_cql": ["widths"],
+    "cal_ql": ["num-actions"],
     "combo": "num-actions max-epochs widths".split(),
     "fql": ["widths"],
     "rvs": "batch-size widths".split(),

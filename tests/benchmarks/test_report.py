@@ -56,7 +56,7 @@ def test_a_page_is_filled():
 
 UNTIMED = set(
     """sac td3_bc rebrac edac bcq bear brac awr rvs mopo mobile fql decision_diffuser discrete_bcq
-    discrete_cql""".split()
+    discrete_cql cal_ql rlpd""".split()
 )
 
 
