@@ -19,7 +19,8 @@ IDEA |= {"ACTIONS", "actor_loss", "critic_loss", "value_loss", "model_loss", "ad
 # and these, each text shared by the files between two bars: other kinds of policy and of data.
 # Files that are not named share one text: a new one is named only where it differs from them.
 VERSIONS = {
-    "Actor": "awr | bear | brac | cal_ql combo cql edac mobile mopo sac | rebrac td3_bc | rlpd | rvs",
+    "Actor": "awr | bear | brac | cal_ql combo cql edac mobile mopo sac | rebrac td3_bc | rlpd"
+    " | rvs",
     "Critic": "discrete_cql | fql | rebrac | rlpd",
     "act": "bcq bear | brac cal_ql combo cql edac mobile mopo rlpd sac | decision_diffuser"
     " | diffuser | discrete_bcq | discrete_cql | dt | fql | rebrac td3_bc | rvs",

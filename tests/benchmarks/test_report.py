@@ -183,6 +183,10 @@ def test_a_run_is_collected(folder, tmp_path):
     (folder / "config.json").write_text(json.dumps(info))
     with pytest.raises(SystemExit, match="not finished"):
         score_runs.collect(folder)
+    stopped = score_runs.collect(folder, stopped=True)
+    assert stopped["returns"] == run["returns"]
+    (merged,) = score_runs.merge([stopped])
+    assert merged["updates"] == 4  # not the 6 that it was to have
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_without_ray_one_message(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("budget", scores.BUDGETS)
 def test_every_budget_has_every_algorithm(budget, tmp_path):
-    """Every trainer, 10%BC and MBPO, on three datasets; each command is one that its file accepts."""
+    """Every trainer, 10%BC and MBPO, on three datasets; each command is one its file takes."""
     files = {x.stem for x in ROOT.glob("algorithms/*.py") if "\ndef train(" in x.read_text("utf-8")}
     cells = scores.grid(parse([f"--budget={budget}"], tmp_path))
     assert len(cells) == 3 * (len(files) + 2)
