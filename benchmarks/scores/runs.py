@@ -81,6 +81,8 @@ def add(folder, results, stopped=False):
     run = collect(folder, stopped)
     path = results / "runs" / file_name(run)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and json.loads(path.read_text("utf-8"))["command"] != run["command"]:
+        raise SystemExit(f"{folder}: {path.name} is another run's. Rename the folder.")
     path.write_text(text(run), "utf-8")
     return path
 

@@ -179,6 +179,10 @@ def test_a_run_is_collected(folder, tmp_path):
     assert run["returns"] == [[10.0, 20.0], [30.0, 40.004]]
     assert run["seconds"] == {"2": 120.0, "4": 240.0}
     info = json.loads((folder / "config.json").read_text())
+    other = info | {"command": [*info["command"], "--beta", "3"]}
+    (folder / "config.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="another run's"):  # begun in the same second
+        report.add(folder, tmp_path / "results")
     info["config"]["num_updates"] = 6
     (folder / "config.json").write_text(json.dumps(info))
     with pytest.raises(SystemExit, match="not finished"):
