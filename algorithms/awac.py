@@ -9,6 +9,7 @@ bound on the KL divergence from the data.
     A(s, a)    = Q(s, a) - V(s),   V(s) = E[ Q(s, a') ],   a' ~ pi(. | s)
 
 Run: python algorithms/awac.py --env halfcheetah-medium-v2 --num-seeds 4
+     python algorithms/awac.py --num-updates 2000000 --online-steps 1000000   # offline, then online
 
 Settings and updates are those of the trusted port, CORL (github.com/tinkoff-ai/CORL): the smaller
 of two critics, the exponential clipped at 100, three hidden layers; beta is 1 / lambda. Differs
@@ -69,12 +70,13 @@ class Config:
     widths: tuple[int, ...] = (256, 256, 256)  # hidden layers of every network
     normalize: bool = True  # standardise observations
     # --- AWAC ---
-    lr_decay: bool = False  # let the actor's learning rate fall to 0 by a cosine until num_updates
+    lr_decay: bool = False  # actor's rate falls to 0 by a cosine until num_updates; not if online
     num_samples: int = 1  # actions a' that V averages over
     beta: float | None = None  # inverse temperature 1 / lambda; default 3, mazes 10, in [0, inf)
     max_weight: float = 100.0  # clip of the exponential, in (0, inf]
     scale_reward: bool | None = None  # by 1000 / (best - worst return); default off
     shift_reward: float | None = None  # added to every reward; default 0, antmaze -1
+    online_steps: int = 0  # one before each of the last updates until num_updates, in [0, inf)
 
 
 class Dense(nn.Module):
@@ -130,6 +132,8 @@ class State:
     actor: TrainState
     critic: TrainState  # two members, parameters stacked on axis 0
     target: dict  # Polyak average of critic.params
+    replay: datasets.Batch  # rows of online steps, in their order
+    end: jax.Array  # (online_steps,), 1 at the last row of an episode
     obs_mean: jax.Array  # (D,)
     obs_std: jax.Array  # (D,)
 
@@ -141,7 +145,8 @@ def init(key, data, cfg):
     actor = Actor(cfg.widths, action.shape[-1])
     critic = Critic(cfg.widths)
     q_params = jax.vmap(critic.init, (0, None, None))(jax.random.split(k_critic, 2), obs, action)
-    actor_lr = optax.cosine_decay_schedule(cfg.lr, cfg.num_updates) if cfg.lr_decay else cfg.lr
+    decay = cfg.lr_decay and not cfg.online_steps
+    actor_lr = optax.cosine_decay_schedule(cfg.lr, cfg.num_updates) if decay else cfg.lr
 
     def learner(apply_fn, params, lr):
         return TrainState.create(apply_fn=apply_fn, params=params, tx=optax.adam(lr))
@@ -150,6 +155,8 @@ def init(key, data, cfg):
         actor=learner(actor.apply, actor.init(k_actor, obs), actor_lr),
         critic=learner(jax.vmap(critic.apply, (0, None, None)), q_params, cfg.lr),
         target=q_params,
+        replay=jax.tree.map(lambda x: jnp.zeros((cfg.online_steps, *x.shape[1:])), data),
+        end=jnp.zeros(cfg.online_steps),
         obs_mean=data.obs.mean(0) if cfg.normalize else jnp.zeros_like(obs),
         obs_std=data.obs.std(0) + 1e-3 if cfg.normalize else jnp.ones_like(obs),
     )
@@ -232,6 +239,22 @@ def train_chunk(state, data, key, step, cfg):
     return state, jax.tree.map(jnp.mean, metrics)
 
 
+def explore(state, obs, key, t):
+    """A sample of the policy for obs (D,), before online update t."""
+    pi = state.actor.apply_fn(state.actor.params, normalise(state, obs))
+    return pi.sample(seed=jax.random.split(jax.random.fold_in(key, t), 3)[2]).clip(-1, 1)
+
+
+def learn(state, data, key, t, cfg):
+    """Online update t, on the data and the rows of the environment so far, all rows alike."""
+    known, count = len(data.reward), t - cfg.num_updates + cfg.online_steps
+    k_rows, k_update, _ = jax.random.split(jax.random.fold_in(key, t), 3)
+    rows = jax.random.randint(k_rows, (cfg.batch_size,), 0, known + count)
+    batches = minibatch(state, data, rows), minibatch(state, state.replay, rows - known)
+    batch = jax.tree.map(lambda x, y: jax.vmap(jnp.where)(rows < known, x, y), *batches)
+    return update(state, batch, k_update, cfg)
+
+
 def act(state, obs):
     """The policy's mean action for obs (..., D)."""
     return state.actor.apply_fn(state.actor.params, normalise(state, obs)).mode().clip(-1, 1)
@@ -242,12 +265,26 @@ def policy(cfg):
     return evaluation.stateless(act)
 
 
+def check(cfg, dataset):
+    """SystemExit where updates on data alone do not fill whole chunks."""
+    if cfg.online_steps > cfg.num_updates or cfg.online_steps % cfg.log_every:
+        rule = f"must be a multiple of --log-every {cfg.log_every}, at most --num-updates"
+        raise SystemExit(f"--online-steps {cfg.online_steps}: {rule} {cfg.num_updates}.")
+    if cfg.online_steps and not dataset.env_id:
+        raise SystemExit(f"--online-steps: {dataset.name} has no environment; see --env-id.")
+
+
 def train(cfg, dataset):
     """Trains `cfg.num_seeds` policies on a Dataset; their State, seeds on axis 0."""
     cfg = experiment.resolve(cfg, TUNED, dataset)
+    check(cfg, dataset)
     run = experiment.Run(cfg, dataset)
-    data = dataset.transitions(cfg.scale_reward)
-    data = data._replace(reward=data.reward + cfg.shift_reward)
+    data, scale = dataset.transitions(), dataset.reward_scale() if cfg.scale_reward else 1
+
+    def transform(reward):
+        return reward * scale + cfg.shift_reward
+
+    data = data._replace(reward=transform(data.reward))
 
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))
     start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))
@@ -255,6 +292,9 @@ def train(cfg, dataset):
     chunk = jax.vmap(partial(train_chunk, cfg=cfg), (0, None, 0, None))
     chunk = jax.jit(chunk, donate_argnums=0)
     policies = jax.jit(jax.vmap(policy(cfg), (0, 0, 0, 0, None)))
+    if cfg.online_steps:
+        learner, first = partial(learn, cfg=cfg), cfg.num_updates - cfg.online_steps
+        chunk = evaluation.alternate(chunk, explore, learner, transform, dataset.env_id, cfg, first)
 
     for step in run.steps():  # log_every, 2 log_every, ..., num_updates
         state, metrics = chunk(state, data, keys, step)

@@ -9,7 +9,9 @@ def arrays(module, dataset, cfg):
     rows, name = dataset.transitions(), module.__name__.rpartition(".")[2]
     if name == "awr":
         return rows, module.Episodes(rows, dataset.start + dataset.length - 1)
-    if name in ("dt", "diffuser"):
+    if name == "cal_ql":
+        rows = module.Labelled(*rows, module.returns_to_go(dataset, rows.reward, cfg.gamma))
+    elif name in ("dt", "diffuser"):
         rows = dataset.steps(getattr(cfg, "gamma", 1.0))
     elif name == "decision_diffuser":
         rows = module.shares(dataset.steps(cfg.gamma, cfg.end_return))

@@ -33,6 +33,8 @@ OWN = {
         plan_every=4,
         regions=(0.0, 0.0, 9.0),
     ),
+    "cal_ql": dict(online_steps=50, critic_widths=(8, 8)),
+    "rlpd": dict(pretrain_updates=50),
     "diffuser": dict(
         horizon=16, diffusion_steps=2, width=32, multiples=(2,), guide_steps=1, plan_every=4
     ),

@@ -56,26 +56,20 @@ SHORT = {  # flags of three seeds on three datasets, some nights of two CPU core
     "bc-categorical": "--head categorical --num-updates 10000 --eval-every 1000",
     "dqn": f"{SETTLED} --widths 64 64 --alpha 0",
     **dict.fromkeys(["discrete_bcq", "discrete_cql"], f"{SETTLED} --widths 64 64"),
+    "cal_ql": f"{SETTLED} --num-actions 1",  # its offline phase
     "rvs": "--num-updates 50000 --eval-every 5000 --batch-size 256 --widths 256 256",
     "dt": "--num-updates 5000 --eval-every 1000 --warmup 1000",
     "diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
     " --plan-every 2 --ddim-steps 5 --samples 16 --eval-episodes 5",  # a cheap planner
     "decision_diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
     " --plan-every 2 --ddim-steps 5 --eval-episodes 5",
+    "rlpd": "--num-updates 20000 --eval-every 2000",  # as many steps in the environment
 }
-FULL = dict.fromkeys(SHORT, "") | {
-    "10%bc": "--fraction 0.1",
-    "mbpo": "--penalty-scale 0",
-    "bc-categorical": "--head categorical",
-    "dqn": "--alpha 0",
-}
+FULL = dict.fromkeys(SHORT, "") | {"10%bc": "--fraction 0.1", "mbpo": "--penalty-scale 0"}
+FULL |= {"dqn": "--alpha 0", "bc-categorical": "--head categorical"}
 BUDGETS = {"short": SHORT, "full": FULL}
-FILES = {  # other names are file names
-    "10%bc": "bc",
-    "mbpo": "mopo",
-    "bc-categorical": "bc",
-    "dqn": "discrete_cql",
-}
+FILES = {"10%bc": "bc", "mbpo": "mopo", "dqn": "discrete_cql"}  # others are file names
+FILES |= {"bc-categorical": "bc"}
 DISCRETE = ("bc-categorical", "dqn", "discrete_bcq", "discrete_cql")  # take discrete actions
 CHOICES = ("cartpole", "acrobot", "lunarlander", "minatar")  # words in names of discrete datasets
 DATASETS = ("halfcheetah/medium-v0", "hopper/medium-replay-v0", "walker2d/medium-v0")

@@ -62,6 +62,8 @@ UPDATES = {  # row: (algorithm, settings that differ from its defaults)
     "awac, 2 layers": ("awac", dict(widths=(256, 256))),
     "cql": ("cql", {}),
     "cql, 3 layers": ("cql", dict(widths=(256, 256, 256))),
+    "cal_ql": ("cal_ql", {}),
+    "rlpd": ("rlpd", dict(pretrain_updates=250_000)),  # without the environment
     "combo": ("combo", COMBO | ROLLOUT),
     "mopo": ("mopo", ROLLOUT),
     "mobile": ("mobile", ROLLOUT),

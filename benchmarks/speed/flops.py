@@ -192,6 +192,23 @@ def cql(cfg, obs, action):
     return conservative(cfg, obs, action, cfg.batch_size)
 
 
+def cal_ql(cfg, obs, action):
+    """CQL with another network for Q; the target takes the best of several next actions."""
+    b, n = cfg.batch_size, cfg.num_actions
+    pi = mlp(b, obs, *cfg.widths, 2 * action)
+    q, best, penalised = (
+        mlp(rows, obs + action, *cfg.critic_widths, 1) for rows in (b, n * b, b + 3 * n * b)
+    )
+    improvement = learn(pi) + times(2, to_inputs(q))
+    return improvement + forward(pi) + times(2, forward(best) + learn(penalised))
+
+
+def rlpd(cfg, obs, action):
+    _, q, pi = (mlp(cfg.batch_size, *x) for x in widths(cfg, obs, action, 2 * action))
+    step = forward(pi) + times(cfg.min_critics, forward(q)) + times(cfg.num_critics, learn(q))
+    return times(cfg.utd, step) + learn(pi) + times(cfg.num_critics, to_inputs(q))
+
+
 def combo(cfg, obs, action):
     real = int(cfg.real_fraction * cfg.batch_size)
     rows = cfg.batch_size - real if cfg.rho == "model" else cfg.batch_size

@@ -69,25 +69,25 @@ class Dataset:
     provenance: dict  # JSON-able; `verified`: whether the hash is the known one, None if unknown
     num_actions: int = 0  # how many discrete actions there are; 0: actions are vectors
 
-    def transitions(self, scale_reward=False) -> Batch:
-        """All rows.
+    def reward_scale(self) -> np.float32:
+        """1000 / (best - worst episode return), as the authors of IQL scale rewards.
 
-        scale_reward: multiply rewards by 1000 / (best - worst episode return), as the authors of
-        IQL do. If returns differ by less than 1 % or the rows are not in order, rewards are not
-        scaled and a line on stderr says so.
+        If returns differ by less than 1 % or the rows are not in order, it is 1 and a line on
+        stderr says so.
         """
-        reward = self.reward
-        if scale_reward:
-            returns, why = self.returns(), ""
-            spread = float(np.ptp(returns))
-            if not self.provenance.get("ordered", True):
-                why = "rows are not in order, so the returns of episodes are unknown"
-            elif spread <= 0.01 * np.abs(returns).max():
-                why = f"returns only go from {returns.min():g} to {returns.max():g}"
-            else:
-                reward = reward * np.float32(1000 / spread)
-            if why:
-                print(printable(f"{self.name}: rewards are not scaled: {why}"), file=sys.stderr)
+        returns, why = self.returns(), ""
+        spread = float(np.ptp(returns))
+        if not self.provenance.get("ordered", True):
+            why = "rows are not in order, so the returns of episodes are unknown"
+        elif spread <= 0.01 * np.abs(returns).max():
+            why = f"returns only go from {returns.min():g} to {returns.max():g}"
+        if why:
+            print(printable(f"{self.name}: rewards are not scaled: {why}"), file=sys.stderr)
+        return np.float32(1 if why else 1000 / spread)
+
+    def transitions(self, scale_reward=False) -> Batch:
+        """All rows. scale_reward: multiply rewards by `reward_scale`."""
+        reward = self.reward * self.reward_scale() if scale_reward else self.reward
         return Batch(self.obs, self._vectors(), reward, self.next_obs, self.done)
 
     def _vectors(self):

@@ -4,14 +4,16 @@
     policy = evaluation.load_policy("runs/iql/...")
     action = policy(obs)  # obs (..., D) -> action (..., A) in [-1, 1]
 
-`termination` tells a learned model where the real environment ends an episode. These commands score
-a trained run again, film it, and export its policy:
+A `Collector` steps environments one step at a time, for training with them. `termination` tells a
+learned model where the real environment ends an episode. These commands score a trained run again,
+film it, and export its policy:
 
     python -m common.evaluation runs/iql/...
     python -m common.evaluation runs/iql/... --video hopper.mp4
     python -m common.evaluation runs/iql/... --export policy.npz
 """
 
+from common.evaluation.collector import Collector, alternate
 from common.evaluation.environments import (
     Env,
     EvaluationError,
@@ -25,9 +27,11 @@ from common.evaluation.rollout import evaluate
 from common.evaluation.termination import termination
 
 __all__ = [
+    "Collector",
     "Env",
     "EvaluationError",
     "Policy",
+    "alternate",
     "choose_seed",
     "evaluate",
     "goal_cell",

@@ -16,8 +16,8 @@ def _pool(env_id, count):
     return [make(env_id) for _ in range(count)]
 
 
-def evaluate(policy, env_id, num_seeds, episodes, seed=0):
-    """Undiscounted returns of whole episodes, (num_seeds, episodes) float64.
+def evaluate(policy, env_id, num_seeds, episodes, seed=0, gamma=1.0):
+    """Returns of whole episodes, (num_seeds, episodes) float64.
 
     policy: (carry, obs (S, E, D), reward (S, E), key) -> (action (S, E, A), carry) for S seeds and
         E episodes, which all begin together. It is called once per time step, always with these
@@ -28,6 +28,7 @@ def evaluate(policy, env_id, num_seeds, episodes, seed=0):
     env_id: as for `make`; raises EvaluationError as `make` does.
     seed: episode j of every policy is reset with environment seed `seed + j`, so that all policies
         and all evaluations have the same starts.
+    gamma: discount, in [0, 1].
 
     An ended episode is not stepped or reset; its policy sees the last observation until the longest
     episode ends. If an action is not finite, the returns of that seed are nan and the other seeds
@@ -38,13 +39,13 @@ def evaluate(policy, env_id, num_seeds, episodes, seed=0):
     """
     if episodes == 0:
         return np.zeros((num_seeds, 0))
-    return rollout(policy, _pool(env_id, num_seeds * episodes), num_seeds, seed)
+    return rollout(policy, _pool(env_id, num_seeds * episodes), num_seeds, seed, gamma)
 
 
 _threads = functools.cache(ThreadPoolExecutor)
 
 
-def _stepped(envs, rows, action):
+def stepped(envs, rows, action):
     """(row, result of its environment's step) for each of `rows`, which the cores share."""
 
     def some(part):
@@ -61,7 +62,7 @@ def _stepped(envs, rows, action):
 _fold_in = jax.jit(jax.random.fold_in)
 
 
-def rollout(policy, envs, num_seeds, seed):
+def rollout(policy, envs, num_seeds, seed, gamma=1.0):
     """`evaluate` in the given environments; episode j of seed s is row s * E + j."""
     rows, shape = len(envs), (num_seeds, len(envs) // num_seeds)
     start = [env.reset(seed=seed + i % shape[1])[0] for i, env in enumerate(envs)]
@@ -78,11 +79,11 @@ def rollout(policy, envs, num_seeds, seed):
 
         action, running = action.clip(-1, 1), []
         obs, reward = obs.copy(), np.zeros_like(reward)  # copies: the carry may hold the old arrays
-        for i, result in _stepped(envs, active, action):
+        for i, result in stepped(envs, active, action):
             obs[i], gained, terminated, truncated, _ = result
             gained = np.asarray(gained, float).item()  # some environments return an array of one
             reward[i] = gained
-            returns[i] += gained
+            returns[i] += gamma**t * gained
             if not (terminated or truncated):
                 running.append(i)
         active = running

@@ -10,7 +10,8 @@ import pytest
 
 ALGORITHMS = Path(__file__).parents[2] / "algorithms"
 FILES = {path.stem: path.read_text("utf-8") for path in sorted(ALGORITHMS.glob("*.py"))}
-PAIRS = list(itertools.combinations(FILES, 2))
+TRAINERS = [name for name, text in FILES.items() if "\ndef train(" in text]
+PAIRS = list(itertools.combinations(TRAINERS, 2))
 
 # An algorithm's idea: these may differ between any two files,
 IDEA = {"Config", "State", "init", "update", "check", "main", "train", "TUNED"}
@@ -18,13 +19,15 @@ IDEA |= {"ACTIONS", "actor_loss", "critic_loss", "value_loss", "model_loss", "ad
 # and these, each text shared by the files between two bars: other kinds of policy and of data.
 # Files that are not named share one text: a new one is named only where it differs from them.
 VERSIONS = {
-    "Actor": "awr | bear | brac | combo cql edac mobile mopo sac | rebrac td3_bc | rvs",
-    "Critic": "discrete_cql | fql | rebrac",
-    "act": "bcq bear | brac combo cql edac mobile mopo sac | decision_diffuser | diffuser"
-    " | discrete_bcq | discrete_cql | dt | fql | rebrac td3_bc | rvs",
+    "Actor": "awr | bear | brac | cal_ql combo cql edac mobile mopo sac | rebrac td3_bc | rlpd"
+    " | rvs",
+    "Critic": "discrete_cql | fql | rebrac | rlpd",
+    "act": "bcq bear | brac cal_ql combo cql edac mobile mopo rlpd sac | decision_diffuser"
+    " | diffuser | discrete_bcq | discrete_cql | dt | fql | rebrac td3_bc | rvs",
     "policy": "bcq bear | decision_diffuser diffuser | discrete_bcq | dt fql rvs",
     "minibatch": "awr | decision_diffuser | diffuser | dt | rvs",
-    "train_chunk": "awr | combo mobile mopo | decision_diffuser diffuser dt | rebrac td3_bc | rvs",
+    "train_chunk": "awr | combo mobile mopo | decision_diffuser diffuser dt | rebrac td3_bc | rlpd"
+    " | rvs",
     "Window": "decision_diffuser | dt",
     "Block": "dt",
     "candidates": "bear",
@@ -32,6 +35,9 @@ VERSIONS = {
     "plan": "decision_diffuser",
     "backup": "mobile",
     "rollout": "mopo",
+    "learn": "cal_ql | rlpd",
+    "temperature_loss": "rlpd",
+    "multiplier_loss": "cal_ql",
 }
 # What `train` does from its seeds' keys on is one text; these files have a line more.
 MORE = {
@@ -40,6 +46,8 @@ MORE = {
     "mobile": "if run.step == 0:\n    state = run.restore(state.replace(dynamics=fit_dynamics(",
     "brac": "if run.step == 0:\n    state = run.restore(clone_behaviour(",
     "dt": "report(run, cfg.targets)",
+    **dict.fromkeys(("awac", "cal_ql", "iql"), "if cfg.online_steps:"),
+    "rlpd": "if cfg.pretrain_updates < cfg.num_updates:",
 }
 SHARED = """env env_id env_module seed num_seeds num_updates log_every eval_every eval_episodes out
 resume wandb batch_size gamma lr actor_lr critic_lr polyak widths normalize""".split()
@@ -89,7 +97,8 @@ def test_blocks_of_one_name_are_one_text(block):
 
 
 def test_what_all_files_have():
-    for name in FILES:
+    assert all({"Config", "main", "descend"} <= BLOCKS[name].keys() for name in FILES)
+    for name in TRAINERS:
         assert {"Config", "State", "init", "update", "act", "policy", "train", "main"} <= BLOCKS[
             name
         ].keys()
@@ -108,7 +117,7 @@ def test_the_model_is_one_text():
     assert len(based) == 3 and len(parts) == 1
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", TRAINERS)
 def test_shared_fields_come_first_in_one_order(name):
     own = list(fields(name))
     shared = [field for field in SHARED if field in own]
@@ -142,14 +151,14 @@ def starts(lines, words):
     return found
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", TRAINERS)
 def test_train_sets_up_and_loops_as_all_do(name):
     """Its head: the config, its check against the data, the run. Then what is learned from; then,
-    from the keys on, the text of IQL, but for MORE and what else a chunk is told."""
-    lines, iql = statements(name, "train"), statements("iql", "train")
+    from the keys on, the text of CQL, but for MORE and what else a chunk is told."""
+    lines, cql = statements(name, "train"), statements("cql", "train")
     has = BLOCKS[name].keys()
     tuned = "TUNED" if "TUNED" in has else "{}"
-    assert lines[:2] == [iql[0], f"cfg = experiment.resolve(cfg, {tuned}, dataset)"]
+    assert lines[:2] == [cql[0], f"cfg = experiment.resolve(cfg, {tuned}, dataset)"]
     run, keys = starts(lines, "run = "), starts(lines, "keys = ")
     assert lines[run] == "run = experiment.Run(cfg, dataset)"
     assert ("check(cfg, dataset)" in lines[2:run]) == ("check" in has)
@@ -158,10 +167,10 @@ def test_train_sets_up_and_loops_as_all_do(name):
     rest = [line.replace("data.rows)", "data)") for line in rest]  # AWR has more than rows
     if name in MORE:
         del rest[starts(rest, MORE[name])]
-    assert rest == iql[starts(iql, "keys = ") :]
+    assert rest == cql[starts(cql, "keys = ") :]
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", TRAINERS)
 def test_main_resolves_loads_and_trains(name):
     tuned = ", TUNED" if "TUNED" in BLOCKS[name] else ""
     assert statements(name, "main") == [
@@ -209,7 +218,8 @@ def test_the_docstring_says_what_a_reader_needs(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_schedule_of_the_runs_length_is_declared(name):
-    """A run is extended unless a field's comment says `until num_updates`."""
+    """A run is extended unless a field's comment says `until num_updates`, as of online steps."""
     scheduled = re.search(r"schedule\([^)]*cfg\.num_updates", FILES[name]) is not None
+    scheduled |= bool({"online_steps", "random_steps"} & fields(name).keys())
     declared = [field for field, (_, text) in fields(name).items() if "until num_updates" in text]
     assert scheduled == bool(declared)

@@ -55,9 +55,9 @@ def test_a_page_is_filled():
 
 
 UNTIMED = set(
-    "sac td3_bc rebrac edac bcq bear brac awr rvs mopo mobile fql decision_diffuser".split()
+    """sac td3_bc rebrac edac bcq bear brac awr rvs mopo mobile fql decision_diffuser discrete_bcq
+    discrete_cql cal_ql rlpd""".split()
 )
-UNTIMED |= {"discrete_bcq", "discrete_cql"}
 
 
 def test_a_speed_can_be_traced():
@@ -179,10 +179,18 @@ def test_a_run_is_collected(folder, tmp_path):
     assert run["returns"] == [[10.0, 20.0], [30.0, 40.004]]
     assert run["seconds"] == {"2": 120.0, "4": 240.0}
     info = json.loads((folder / "config.json").read_text())
+    other = info | {"command": [*info["command"], "--beta", "3"]}
+    (folder / "config.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="another run's"):  # begun in the same second
+        report.add(folder, tmp_path / "results")
     info["config"]["num_updates"] = 6
     (folder / "config.json").write_text(json.dumps(info))
     with pytest.raises(SystemExit, match="not finished"):
         score_runs.collect(folder)
+    stopped = score_runs.collect(folder, stopped=True)
+    assert stopped["returns"] == run["returns"]
+    (merged,) = score_runs.merge([stopped])
+    assert merged["updates"] == 4  # not the 6 that it was to have
 
 
 @pytest.mark.parametrize(

@@ -28,15 +28,13 @@ OF_CHOICES = 4, 2  # of CartPole
 def counts(name, changes):
     """Necessary FLOPs, and XLA's for the program as it is written, before any optimisation."""
     module, cfg = speed.settings(name, changes)
-    once = {
-        x: 1
-        for x in ("policy_delay", "actor_steps", "critic_steps", "flow_steps")
-        if hasattr(cfg, x)
-    }
+    once = "policy_delay actor_steps critic_steps flow_steps utd".split()
+    once = {x: 1 for x in once if hasattr(cfg, x)}
     cfg, key = replace(cfg, **once), jax.random.key(0)  # XLA counts a loop's body once
     first, data = arrays(module, datasets.load(cfg.env), cfg)
     state = jax.eval_shape(partial(module.init, cfg=cfg), key, first)
     rows, sizes, more = jnp.zeros(cfg.batch_size, int), {}, {}
+    rows = rows[None] if name == "rlpd" else rows  # an update of one minibatch
     if name in ("dt", "decision_diffuser", "diffuser", "rvs"):
         more = dict(cfg=cfg) | (dict(key=key) if name == "rvs" else {})
     if name == "awr":  # an iteration on an episode of one minibatch's size

@@ -106,6 +106,13 @@ def test_nothing_is_counted_or_stepped_after_the_end(countdown):
     assert Countdown.steps_after_end == 0
 
 
+def test_discounted_returns(countdown):
+    """1 a step for 3, 4, 5 and 5 steps."""
+    zeros = memoryless(lambda obs: np.zeros((2, 4, 1)))
+    returns = evaluation.evaluate(zeros, countdown, 2, 4, gamma=0.5)
+    np.testing.assert_array_equal(returns, [[1.75, 1.875, 1.9375, 1.9375]] * 2)
+
+
 @pytest.mark.parametrize("cores", [1, 2, 3, 64])
 def test_returns_are_the_same_bits_on_any_number_of_cores(cores, monkeypatch):
     """Episodes end apart, so that there are fewer of them than cores, too."""
