@@ -207,7 +207,7 @@ class Gaussian(nn.Module):
 
 @struct.dataclass
 class Dynamics:
-    params: dict  # of Gaussian, members stacked on axis 0
+    params: dict  # of Gaussian, members stacked on axis 0; once trained, the best first
     mean: jax.Array  # (D + A,) of the inputs
     std: jax.Array  # (D + A,), inf for columns that carry nothing
 
@@ -257,10 +257,15 @@ def init_fit(key, data, cfg):
     )
 
 
+def predict(params, dynamics, inputs, cfg):
+    """One member's mean and log-variance of (s' - s, r), (R, D + 1), at (s, a), (R, D + A)."""
+    net = Gaussian(cfg.model_widths, params["params"]["upper"].shape[-1])
+    return net.apply(params, (inputs - dynamics.mean) / dynamics.std)
+
+
 def model_loss(params, fit, inputs, targets, cfg):
     """One member: negative log-likelihood, weight decay, a pull on the bounds of the variance."""
-    x = (inputs - fit.dynamics.mean) / fit.dynamics.std
-    mean, logvar = fit.model.apply_fn(params, x)
+    mean, logvar = predict(params, fit.dynamics, inputs, cfg)
     nll = jnp.mean((mean - targets) ** 2 * jnp.exp(-logvar) + logvar)
     p = params["params"]
     kernels = [p[f"Dense_{i}"]["kernel"] for i in range(len(cfg.model_widths) + 1)]
@@ -286,8 +291,8 @@ def fit_epoch(fit, data, key, cfg):
     model, losses = jax.lax.scan(step, fit.model, rows)
 
     inputs, targets = model_pairs(data, fit.holdout)
-    x = (inputs - fit.dynamics.mean) / fit.dynamics.std
-    mean, _ = jax.vmap(fit.model.apply_fn, (0, None))(model.params, x)  # (M, H, D + 1)
+    members = jax.vmap(partial(predict, cfg=cfg), (0, None, None))
+    mean, _ = members(model.params, fit.dynamics, inputs)  # (M, H, D + 1)
     error = jnp.mean((mean - targets) ** 2, (1, 2))
     gained = (error < 0.99 * fit.error) & (fit.stale < cfg.patience)  # (M,)
 
@@ -304,15 +309,18 @@ def fit_epoch(fit, data, key, cfg):
     return fit, {"train_loss": losses.mean(), "holdout_error": error}
 
 
-def elites(fit, cfg):
-    """The members with the lowest holdout error."""
-    best = jnp.argsort(fit.error)[: cfg.num_elites]
+def elites(fit, count):
+    """The `count` members with the lowest holdout error, the best first."""
+    best = jnp.argsort(fit.error)[:count]
     params = jax.tree.map(lambda x: x[best], fit.dynamics.params)
     return fit.dynamics.replace(params=params)
 
 
-def fit_dynamics(keys, data, cfg, log):
-    """The elites of each seed, trained by epochs until no member's holdout error falls."""
+def fit_dynamics(keys, data, cfg, log, count=None):
+    """Each seed's best `count` members, by default its elites.
+
+    They train by epochs until no member's holdout error falls.
+    """
     data = jax.tree.map(lambda x: x[known_rows(data)], data)
     fold = jax.vmap(jax.random.fold_in, (0, None))
     keys = fold(keys, jnp.uint32(2**31))  # beyond every update's
@@ -324,15 +332,15 @@ def fit_dynamics(keys, data, cfg, log):
         log(f"model epoch {epoch}: holdout error {error:.4f}, best of the elites {best.mean():.4f}")
         if (fit.stale >= cfg.patience).all():
             break
-    return jax.jit(jax.vmap(partial(elites, cfg=cfg)))(fit)
+    return jax.jit(jax.vmap(partial(elites, count=count or cfg.num_elites)))(fit)
 
 
 def model_step(dynamics, obs, action, key, cfg):
     """Sampled s' (R, D) and r (R,); each of E elites predicts R / E consecutive rows."""
-    net = Gaussian(cfg.model_widths, obs.shape[-1] + 1)
-    x = (jnp.concatenate([obs, action], -1) - dynamics.mean) / dynamics.std
+    params = jax.tree.map(lambda x: x[: cfg.num_elites], dynamics.params)
+    x = jnp.concatenate([obs, action], -1)
     x = x.reshape(cfg.num_elites, -1, x.shape[-1])
-    mean, logvar = jax.vmap(net.apply)(dynamics.params, x)
+    mean, logvar = jax.vmap(partial(predict, cfg=cfg), (0, None, 0))(params, dynamics, x)
     step = mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
     step = step.reshape(len(obs), -1)
     still = jnp.isinf(dynamics.std[: obs.shape[-1]])
@@ -394,7 +402,7 @@ def init(key, data, cfg):
         target=q_params,
         obs_mean=data.obs.mean(0) if cfg.normalize else jnp.zeros_like(obs),
         obs_std=data.obs.std(0) + 1e-3 if cfg.normalize else jnp.ones_like(obs),
-        dynamics=elites(init_fit(k_fit, data, cfg), cfg),  # untrained, see fit_dynamics
+        dynamics=elites(init_fit(k_fit, data, cfg), cfg.num_elites),  # untrained, see fit_dynamics
         buffer=ReplayBuffer(rows, jnp.zeros((), int)),
     )
 

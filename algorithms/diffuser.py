@@ -165,7 +165,7 @@ class TimeEmbedding(nn.Module):
 
 
 class UNet(nn.Module):
-    """x_0 (B, H, C) predicted from x_t and t."""
+    """A U-Net along time: what is predicted, (B, H, C), from x_t (B, H, C) and t."""
 
     width: int
     multiples: tuple[int, ...]

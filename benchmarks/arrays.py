@@ -13,10 +13,14 @@ def arrays(module, dataset, cfg):
         rows = module.Labelled(*rows, module.returns_to_go(dataset, rows.reward, cfg.gamma))
     elif name in ("dt", "diffuser"):
         rows = dataset.steps(getattr(cfg, "gamma", 1.0))
+    elif name == "decision_diffuser":
+        rows = module.shares(dataset.steps(cfg.gamma, cfg.end_return))
     elif name == "rvs":
         rows = module.hindsight(dataset, cfg)
     elif name == "rebrac":
         rows = module.transitions(dataset)
+    elif name == "fql":
+        rows = module.chunks(dataset, cfg)
     elif name == "bc":
         best = module.best_episodes(dataset, cfg.fraction)
         rows = jax.tree.map(lambda x: x[best], rows)

@@ -57,8 +57,10 @@ def settling_table(rows):
     lines = []
     for row in rows:
         found = [settling.summary(row, step) for step in settling.POINTS]
-        scores = [f"{mean:z.1f} [{low:z.1f}, {high:z.1f}]" for mean, (low, high), *_ in found]
-        q = ["" if q is None else f"{q:.0f}{ARROWS[moving]}" for *_, q, moving in found]
+        scores, q = ["–"] * len(found), ["" if row["q"] == {} else "–"] * len(found)
+        for i, (mean, (low, high), value, moving) in ((i, x) for i, x in enumerate(found) if x):
+            scores[i] = f"{mean:z.1f} [{low:z.1f}, {high:z.1f}]"
+            q[i] = "" if value is None else f"{value:.0f}{ARROWS[moving]}"
         data = f"{short(row['dataset'])} ({row['data_score']:.1f})"
         seeds = len(row["scores"][str(settling.POINTS[0])])
         lines.append([data, row["run"], seeds, *scores, *q])

@@ -20,9 +20,20 @@ RUN = dict(
     batch_size=8,
 )  # fmt: skip
 OWN = {
+    "fql": dict(chunk=3),  # which makes it a policy with memory
     "brac": dict(divergence="wasserstein"),  # which trains all its networks
     "cal_ql": dict(online_steps=50, critic_widths=(8, 8)),
     "rlpd": dict(pretrain_updates=50),
+    "mobile": dict(real_fraction=0.5),
+    "mopo": dict(real_fraction=0.5),
+    "decision_diffuser": dict(
+        horizon=16,
+        diffusion_steps=2,
+        width=16,
+        multiples=(2,),
+        plan_every=4,
+        regions=(0.0, 0.0, 9.0),
+    ),
     "diffuser": dict(
         horizon=16, diffusion_steps=2, width=32, multiples=(2,), guide_steps=1, plan_every=4
     ),

@@ -48,16 +48,19 @@ PAUSE = 0.02  # seconds that a run waits between metrics and checkpoint, so that
 COMMON = "--num-seeds 2 --num-updates 600 --log-every 20 --eval-every 60 --eval-episodes 2"
 COMMON += " --batch-size 32"
 NETWORK = "--widths 32 32"
+MODEL = "--save-every 120 --max-epochs 3 --rollout-every 60 --rollout-batch 2000 "
+MODEL += "--model-widths 32 32 --model-decay 1e-5 1e-5 1e-5"
 FLAGS = {
     "awr": f"{NETWORK} --actor-steps 10 --critic-steps 5",
     "bcq": f"{NETWORK} --vae-widths 32 32",
     "bear": f"{NETWORK} --vae-widths 32 32 --warm-start 200",
     "brac": f"{NETWORK} --clone-updates 200",
-    "combo": f"{NETWORK} --save-every 120 --max-epochs 3 --rollout-every 60 --rollout-batch 2000 "
-    "--model-widths 32 32 --model-decay 1e-5 1e-5 1e-5",
     "cal_ql": f"{NETWORK} --critic-widths 32 32 --num-actions 2 --online-steps 300",
+    **dict.fromkeys(("combo", "mobile", "mopo"), f"{NETWORK} {MODEL}"),
     "cql": f"{NETWORK} --num-actions 2",
     "diffuser": "--width 16 --multiples 1 2 --horizon 4 --samples 2 --ddim-steps 2 --plan-every 4",
+    "fql": f"{NETWORK} --chunk 3",
+    "decision_diffuser": "--width 16 --multiples 1 2 --horizon 4 --ddim-steps 2 --plan-every 3",
     "dt": "--width 16 --layers 1 --context 5 --warmup 100",
     "iql": f"{NETWORK} --online-steps 300",
     "rlpd": f"{NETWORK} --utd 2 --num-critics 4 --random-steps 100 --pretrain-updates 300",

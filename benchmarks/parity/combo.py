@@ -21,33 +21,34 @@ Differences removed for the comparison:
 - the 1e-6 added to the std of model inputs: inputs have a wide range
 - partial minibatches: there are none
 
-Weights: its Linear layers have our kernels, EnsembleLinear has them transposed. Its two critics are
-our members 0 and 1 on axis 0. Its last layers are outside the backbone, the policy's are separate
-for mean and log std; ours is the last layer of the MLP.
+Weights: see kit.py.
 """
 
 import functools
-import sys
 import tempfile
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 
-from benchmarks.parity import flatten, jit, random_batches, scramble, tree_map, unflatten, vector
-from benchmarks.parity.layers import from_linear, to_linear
-
-PEER = dict(
-    name="OfflineRL-Kit",
-    repository="https://github.com/yihaosun1124/OfflineRL-Kit",
-    commit="e3ce69793766d02660217d4dfc0af4693a5531bd",
-    environment="torch==2.13.0 numpy tqdm",
+from benchmarks.parity import (
+    flatten,
+    jit,
+    kit,
+    random_batches,
+    scramble,
+    tree_map,
+    unflatten,
+    vector,
 )
+from benchmarks.parity.kit import ACTION, NETS, OBS, as_batch, keeping, started
+
+PEER = kit.PEER
 DIFFERS = {
     "critic gradient, reshape lost": "since the result of a reshape is lost",
     "critic gradient, policy first": "updated with the policy from before its own update",
 }
-UPDATES, EPOCHS, ROWS, OBS, ACTION = 3, 3, 80, 3, 2
+UPDATES, EPOCHS, ROWS = 3, 3, 80
 # Large steps, so that a few updates show; num_updates is short, so that the policy's rate falls.
 SETTINGS = dict(
     widths=(16, 16), batch_size=16, num_updates=6, gamma=0.9, actor_lr=3e-3, critic_lr=3e-3,
@@ -133,53 +134,15 @@ def inputs():
     }))  # fmt: skip
 
 
-NETS = "actor", "critic", "temperature"
-
-
 # --- Theirs ---
-
-
-class Columns:
-    """Copies between our MLP_0 and the peer's MLP with its separate last layers."""
-
-    def __init__(self, backbone, *last):
-        self.hidden, self.last = list(backbone.model)[::2], last
-
-    def write(self, mlp):
-        for i, layer in enumerate(self.hidden):
-            to_linear(layer, mlp[f"Dense_{i}"])
-        final = mlp[f"Dense_{len(self.hidden)}"]
-        parts = tree_map(lambda x: np.split(x, len(self.last), 0), final)
-        for i, layer in enumerate(self.last):
-            to_linear(layer, {name: x[i] for name, x in parts.items()})
-
-    def read(self, grad):
-        mlp = {f"Dense_{i}": from_linear(layer, grad) for i, layer in enumerate(self.hidden)}
-        parts = [from_linear(layer, grad) for layer in self.last]
-        mlp[f"Dense_{len(self.hidden)}"] = tree_map(lambda *x: np.concatenate(x), *parts)
-        return mlp
 
 
 def learner(inputs, reshape=True, late=True):
     """(the peer's policy with our weights, a function that reads its networks in our layout)."""
     import torch
-    from offlinerlkit.modules import ActorProb, Critic, TanhDiagGaussian
-    from offlinerlkit.nets import MLP
     from offlinerlkit.policy import COMBOPolicy
 
     given, n = unflatten(inputs, "params"), SETTINGS["num_actions"]
-
-    class Affine(torch.nn.Module):
-        """Their layer for the log std, with our affine map."""
-
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-            self.scale = torch.nn.Parameter(torch.tensor(given["actor"]["log_std_scale"]))
-            self.shift = torch.nn.Parameter(torch.tensor(given["actor"]["log_std_shift"]))
-
-        def forward(self, x):
-            return self.scale * self.inner(x) + self.shift
 
     class Policy(COMBOPolicy):
         def calc_pi_values(self, *args):
@@ -190,58 +153,19 @@ def learner(inputs, reshape=True, late=True):
             values = super().calc_random_values(*args)
             return tuple(x.reshape(-1, n, 1) for x in values) if reshape else values
 
-    class Late(torch.optim.Adam):
-        """Adam whose `step` keeps the gradients and whose `step_now` takes the step."""
-
-        def step(self):
-            self.kept = [p.grad.clone() for p in self.param_groups[0]["params"]]
-            if not late:
-                super().step()
-
-        def step_now(self):
-            for p, grad in zip(self.param_groups[0]["params"], self.kept, strict=True):
-                p.grad = grad
-            if late:
-                super().step()
-
-    def mlp(size):
-        return MLP(size, SETTINGS["widths"])
-
-    width = SETTINGS["widths"][-1]
-    dist = TanhDiagGaussian(width, ACTION, unbounded=True, conditioned_sigma=True, sigma_min=-20.0)
-    actor = ActorProb(mlp(OBS), dist)
-    critics = [Critic(mlp(OBS + ACTION)) for _ in range(2)]
-    layers = {"actor": Columns(actor.backbone, dist.mu, dist.sigma)}
-    layers["actor"].write(given["actor"]["MLP_0"])
-    dist.sigma = Affine(dist.sigma)
-    log_alpha = torch.tensor(given["temperature"]["log"].reshape(1), requires_grad=True)
+    nets = kit.networks(given, SETTINGS)
     rates = SETTINGS["actor_lr"], SETTINGS["critic_lr"]
+    actor_adam = kit.late_adam()(nets.actor.parameters(), rates[0])
+    actor_adam.late = late
     policy = Policy(
-        None, actor, *critics, Late(actor.parameters(), rates[0]),
-        *(torch.optim.Adam(critic.parameters(), rates[1]) for critic in critics),
+        None, nets.actor, *nets.critics, actor_adam,
+        *(torch.optim.Adam(critic.parameters(), rates[1]) for critic in nets.critics),
         SimpleNamespace(low=[-1.0], high=[1.0]), tau=SETTINGS["polyak"], gamma=SETTINGS["gamma"],
-        alpha=(-ACTION, log_alpha, torch.optim.Adam([log_alpha], rates[0])),
+        alpha=(-ACTION, nets.log_alpha, torch.optim.Adam([nets.log_alpha], rates[0])),
         cql_weight=SETTINGS["beta"], with_lagrange=False, num_repeart_actions=n,
     )  # fmt: skip
-    old = policy.critic1_old, policy.critic2_old
-    for name, members in {"critic": critics, "target": old}.items():
-        layers[name] = [Columns(member.backbone, member.last) for member in members]
-        for i, member in enumerate(layers[name]):
-            member.write(tree_map(lambda x, i=i: x[i], given[name]["MLP_0"]))
-
-    def read(name, grad=False):
-        if name == "temperature":
-            return {"log": (log_alpha.grad if grad else log_alpha.data).numpy().reshape(())}
-        if name != "actor":
-            return {
-                "MLP_0": tree_map(lambda *x: np.stack(x), *(m.read(grad) for m in layers[name]))
-            }
-        sigma = dist.sigma
-        affine = {"log_std_scale": sigma.scale, "log_std_shift": sigma.shift}
-        affine = {k: (x.grad if grad else x.data).numpy().copy() for k, x in affine.items()}
-        return {"MLP_0": layers["actor"].read(grad)} | affine
-
-    return policy, read
+    nets.copies([policy.critic1_old, policy.critic2_old])
+    return policy, nets.read
 
 
 def handed_out(noise):
@@ -267,16 +191,11 @@ def learn(inputs, updates=UPDATES, **how):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
         policy.actor_optim, SETTINGS["num_updates"]
     )
-    names = {"observations": "obs", "actions": "action", "next_observations": "next_obs"}
-    names |= {"rewards": "reward", "terminals": "done"}
     batches, noises = unflatten(inputs, "batch"), unflatten(inputs, "noise")
     out = {}
     for t in range(updates):
-        batch = {k: torch.tensor(batches[v][t]) for k, v in names.items()}
-        batch |= {k: batch[k][:, None] for k in ("rewards", "terminals")}
         real = int(SETTINGS["real_fraction"] * SETTINGS["batch_size"])
-        halves = {"real": {k: x[:real] for k, x in batch.items()}}
-        halves["fake"] = {k: x[real:] for k, x in batch.items()}
+        halves = kit.halves(tree_map(lambda x, t=t: x[t], batches), real)
         uniform, gaussian = handed_out(tree_map(lambda x, t=t: x[t], noises))
         with uniform, gaussian:
             info = policy.learn(halves)
@@ -288,44 +207,6 @@ def learn(inputs, updates=UPDATES, **how):
         out = {name: [*out.get(name, []), x] for name, x in found.items()}
     final = {f"{name} after": vector(read(name)) for name in (*NETS, "target")}
     return {name: np.array(x) for name, x in (out | final).items()}
-
-
-def ensemble(params, scaler):
-    """(the peer's dynamics with our weights, a function that reads it in our layout)."""
-    import torch
-    from offlinerlkit.dynamics import EnsembleDynamics
-    from offlinerlkit.modules import EnsembleDynamicsModel
-
-    model = EnsembleDynamicsModel(
-        OBS, ACTION, SETTINGS["model_widths"], SETTINGS["num_members"], SETTINGS["num_elites"],
-        weight_decays=SETTINGS["model_decay"],
-    )  # fmt: skip
-    layers = {f"Dense_{i}": x for i, x in enumerate([*model.backbones, model.output_layer])}
-    for name, layer in layers.items():
-        layer.weight.data = torch.tensor(params[name]["kernel"].swapaxes(-1, -2).copy())
-        layer.bias.data = torch.tensor(params[name]["bias"][:, None])
-    model.max_logvar = torch.nn.Parameter(torch.tensor(params["upper"][:, None]))
-    model.min_logvar = torch.nn.Parameter(torch.tensor(params["lower"][:, None]))
-
-    def read(grad=False):
-        def one(x):
-            return (x.grad if grad else x.data).numpy().copy()
-
-        tree = {
-            name: {"kernel": one(layer.weight).swapaxes(-1, -2), "bias": one(layer.bias)[:, 0]}
-            for name, layer in layers.items()
-        }
-        return tree | {"upper": one(model.max_logvar)[:, 0], "lower": one(model.min_logvar)[:, 0]}
-
-    class Keep(torch.optim.Adam):
-        def step(self):
-            self.gradients.append(vector(read(grad=True)))
-            super().step()
-
-    trained = [p for name, p in model.named_parameters() if not name.startswith("elites")]
-    optimiser = Keep(trained, SETTINGS["model_lr"])
-    optimiser.gradients = []
-    return EnsembleDynamics(model, optimiser, scaler, lambda obs, *_: np.zeros((len(obs), 1))), read
 
 
 def places(order, before):
@@ -350,7 +231,7 @@ def fit(inputs):
     # They order an epoch's rows anew by sorting uniform numbers: ours are the wanted places.
     moves = [places(new, old) for old, new in zip(orders, orders[1:], strict=False)]
     moves = iter([*(np.argsort(x, 1) for x in moves), orders[-1]])  # the last is never used
-    dynamics, read = ensemble(model["params"], StandardScaler())
+    dynamics, read = kit.ensemble(model["params"], StandardScaler(), SETTINGS)
     seen = {"model loss": [], "holdout error": []}
 
     def kept(name, f):
@@ -387,7 +268,7 @@ def rollout(inputs):
     from offlinerlkit.utils.scaler import StandardScaler
 
     given, params = unflatten(inputs, "rollout"), unflatten(inputs, "model/params")
-    dynamics, _ = ensemble(params, StandardScaler(given["mean"], given["std"]))
+    dynamics, _ = kit.ensemble(params, StandardScaler(given["mean"], given["std"]), SETTINGS)
     members = np.repeat(given["members"], given["noise"].shape[1])
     drawn = np.zeros((SETTINGS["num_members"], len(given["obs"]), OBS + 1), np.float32)
     drawn[members, np.arange(len(members))] = given["noise"].reshape(-1, OBS + 1)
@@ -400,14 +281,7 @@ def rollout(inputs):
 
 
 def theirs(inputs, checkout):
-    stubs = "gym", "gym.envs", "gym.envs.mujoco", "pandas", "matplotlib", "matplotlib.pyplot"
-    stubs = {name: mock.MagicMock() for name in (*stubs, "torch.utils.tensorboard")}
-    sys.path.insert(0, checkout)
-    sys.modules.update(stubs)
-    import offlinerlkit.policy  # noqa: F401
-
-    for name in stubs:  # torch, too, looks whether some of them are there
-        del sys.modules[name]
+    kit.load(checkout)
     out = learn(inputs) | fit(inputs) | rollout(inputs)
     variants = {"reshape lost": dict(reshape=False), "policy first": dict(late=False)}
     for name, how in variants.items():
@@ -417,32 +291,6 @@ def theirs(inputs, checkout):
 
 
 # --- Ours ---
-
-
-def as_batch(fields):
-    """Our Batch of a dict of arrays."""
-    import jax.numpy as jnp
-
-    from common.datasets import Batch
-
-    return Batch(**{name: jnp.asarray(x) for name, x in fields.items()})
-
-
-def keeping(net):
-    """The TrainState with an optimiser that keeps the gradients it receives."""
-    import optax
-
-    keep = optax.GradientTransformation(lambda params: params, lambda grads, *_: (grads, grads))
-    return net.replace(tx=optax.chain(keep, net.tx))
-
-
-def started(net, params):
-    """That TrainState at `params`, before its first step."""
-    import jax
-    import jax.numpy as jnp
-
-    params = {"params": jax.tree.map(jnp.asarray, params)}
-    return net.create(apply_fn=net.apply_fn, params=params, tx=net.tx)
 
 
 @functools.cache
@@ -511,7 +359,7 @@ def our_fit(inputs):
         seen["holdout error"].append(info["holdout_error"])
         seen["model gradient"].append(vector(kept["params"]))
     last = jax.device_get(fit.model.params["params"])
-    best = jax.device_get(combo.elites(fit, combo.Config(**SETTINGS)).params["params"])
+    best = jax.device_get(combo.elites(fit, SETTINGS["num_elites"]).params["params"])
     return {name: np.array(x) for name, x in seen.items()} | {
         "model's bounds after": np.array([last.pop("upper"), last.pop("lower")]),
         "model after": vector(last),

@@ -44,21 +44,29 @@ from common import experiment
 ROOT = Path(__file__).resolve().parents[2]
 
 SETTLED = "--num-updates 100000 --eval-every 5000"  # five time constants of a usual critic
+MODEL = f"{SETTLED} --widths 256 256 --max-epochs 100"
 SHORT = {  # flags of three seeds on three datasets, some nights of two CPU cores
     "bc": "--num-updates 50000 --eval-every 5000",
     "10%bc": "--fraction 0.1 --num-updates 50000 --eval-every 5000",
     **dict.fromkeys("sac td3_bc rebrac edac bcq bear brac awr awac iql".split(), SETTLED),
     "cql": f"{SETTLED} --num-actions 1",
     "cal_ql": f"{SETTLED} --num-actions 1",  # its offline phase
-    "combo": f"{SETTLED} --widths 256 256 --max-epochs 100",
+    **dict.fromkeys(("mopo", "combo", "mobile"), MODEL),
+    "mbpo": f"--penalty-scale 0 {MODEL}",
+    "fql": f"{SETTLED} --widths 256 256",
     "rvs": "--num-updates 50000 --eval-every 5000 --batch-size 256 --widths 256 256",
     "dt": "--num-updates 5000 --eval-every 1000 --warmup 1000",
     "diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
     " --plan-every 2 --ddim-steps 5 --samples 16 --eval-episodes 5",  # a cheap planner
     "rlpd": "--num-updates 20000 --eval-every 2000",  # as many steps in the environment
+    "decision_diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
+    " --plan-every 2 --ddim-steps 5 --eval-episodes 5",
 }
-BUDGETS = {"short": SHORT, "full": dict.fromkeys(SHORT, "") | {"10%bc": "--fraction 0.1"}}
-FILES = {"10%bc": "bc"}  # other names are file names
+BUDGETS = {
+    "short": SHORT,
+    "full": dict.fromkeys(SHORT, "") | {"10%bc": "--fraction 0.1", "mbpo": "--penalty-scale 0"},
+}
+FILES = {"10%bc": "bc", "mbpo": "mopo"}  # other names are file names
 DATASETS = ("halfcheetah/medium-v0", "hopper/medium-replay-v0", "walker2d/medium-v0")
 
 

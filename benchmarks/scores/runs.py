@@ -24,13 +24,18 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "awr": "AWR",
     "awac": "AWAC",
     "iql": "IQL",
+    "fql": "FQL",
     "cql": "CQL",
     "cal_ql": "Cal-QL",
+    "mopo --penalty-scale 0": "MBPO",
+    "mopo": "MOPO",
     "combo": "COMBO",
+    "mobile": "MOBILE",
     "rvs": "RvS",
     "dt": "DT",
     "diffuser": "Diffuser",
     "rlpd": "RLPD",
+    "decision_diffuser": "Decision Diffuser",
 }
 STANDARD = tuple(NAMES.values())
 HOW_LONG = """env env-id out seed num-seeds num-updates log-every eval-every eval-episodes
@@ -38,9 +43,12 @@ save-every""".split()
 SHORT = {  # flags of the short budget, see __main__
     "cql": ["num-actions"],
     "cal_ql": ["num-actions"],
+    **dict.fromkeys(("mopo", "mobile"), "max-epochs widths".split()),
     "combo": "num-actions max-epochs widths".split(),
+    "fql": ["widths"],
     "rvs": "batch-size widths".split(),
     "dt": ["warmup"],
+    "decision_diffuser": "batch-size lr plan-every ddim-steps".split(),
     "diffuser": "batch-size lr plan-every ddim-steps samples".split(),
 }
 ROBOTS = ("HalfCheetah", "Hopper", "Walker2d", "Ant")
@@ -123,8 +131,10 @@ def unpack(archive, results):
     return count
 
 
-def collect(folder):
+def collect(folder, last=None):
     """What a run folder says of itself, as plain data.
+
+    last: the update whose returns are its result, if not that of num_updates.
 
     evaluations: {updates: (S, E) returns to two decimals}; returns: the last one's in full; curve:
     {updates: (S,) means}; seconds: {updates: of training and evaluating until then}.
@@ -132,8 +142,9 @@ def collect(folder):
     info = json.loads((folder / "config.json").read_text("utf-8"))
     returns = json.loads((folder / "returns.json").read_text("utf-8"))
     config, dataset = info["config"], info["dataset"]
-    if str(config["num_updates"]) not in returns:
-        raise SystemExit(f"{folder} has not finished: nothing at update {config['num_updates']:,}")
+    last = last or config["num_updates"]
+    if str(last) not in returns:
+        raise SystemExit(f"{folder} has not finished: nothing at update {last:,}")
     with open(folder / "metrics.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["step"] in returns]
     made = dataset["metadata"].get("stillwater", {})
@@ -155,7 +166,7 @@ def collect(folder):
         "curve": {step: np.mean(x, 1).round(2).tolist() for step, x in returns.items()},
         "seconds": {row["step"]: float(row["seconds"]) for row in rows},
         "evaluations": {step: np.round(x, 2).tolist() for step, x in returns.items()},
-        "returns": returns[str(config["num_updates"])],
+        "returns": returns[str(last)],
     }
 
 

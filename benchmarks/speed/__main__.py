@@ -43,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 DATA = "stillwater/halfcheetah/medium-v0"
 COMBO = dict(beta=0.5, horizon=5, num_actions=10)  # as many actions as CQL and its peer
+ROLLOUT = dict(horizon=1, rollout_batch=500, retain=500)  # so small that updates alone count
 DIFFUSER = dict(horizon=32, multiples=(1, 2, 4, 8), batch_size=32, diffusion_steps=20)
 UPDATES = {  # row: (algorithm, settings that differ from its defaults)
     "bc": ("bc", {}),
@@ -55,16 +56,20 @@ UPDATES = {  # row: (algorithm, settings that differ from its defaults)
     "brac": ("brac", {}),
     "awr": ("awr", {}),
     "iql": ("iql", {}),
+    "fql": ("fql", {}),
     "awac": ("awac", {}),
     "awac, 2 layers": ("awac", dict(widths=(256, 256))),
     "cql": ("cql", {}),
     "cql, 3 layers": ("cql", dict(widths=(256, 256, 256))),
     "cal_ql": ("cal_ql", {}),
     "rlpd": ("rlpd", dict(pretrain_updates=250_000)),  # without the environment
-    "combo": ("combo", COMBO | dict(horizon=1, rollout_batch=500, retain=500)),  # updates alone
+    "combo": ("combo", COMBO | ROLLOUT),
+    "mopo": ("mopo", ROLLOUT),
+    "mobile": ("mobile", ROLLOUT),
     "dt": ("dt", dict(targets=(1.0,))),
     "rvs": ("rvs", dict(horizon=1000)),
     "diffuser": ("diffuser", DIFFUSER),
+    "decision_diffuser": ("decision_diffuser", dict(batch_size=32)),
 }
 OTHERS = ("dynamics", "rollout", "plan", "evaluation", "evaluation, dt")
 
@@ -129,7 +134,7 @@ def update(name, data, sizes, keys):
     whole = getattr(cfg, "policy_delay", getattr(cfg, "actor_steps", 1))  # an iteration's updates
     updates = max(updates // whole, 1) * whole
     cfg = replace(cfg, log_every=updates, eval_every=updates)
-    if algorithm == "combo":
+    if hasattr(module, "rollout"):  # based on a model
         cfg, more = replace(cfg, rollout_every=updates), dict(terminal=module.never)
     state = start(partial(module.init, cfg=cfg), keys, first)
     batch = jax.device_put(batch)

@@ -73,6 +73,15 @@ def iql(cfg, obs, action):
     return values + times(2, forward(q) + learn(q)) + learn(pi)  # the targets', L_Q
 
 
+def fql(cfg, obs, action):
+    b, size = cfg.batch_size, cfg.chunk * action
+    v = mlp(b, obs + size + 1, *cfg.widths, size)
+    pi, q = (mlp(b, obs + size, *cfg.widths, out) for out in (size, 1))
+    evaluation = forward(pi) + times(2, forward(q) + learn(q))  # at s'; the targets', L_Q
+    improvement = times(cfg.flow_steps, forward(v)) + learn(pi) + times(2, to_inputs(q))
+    return learn(v) + evaluation + improvement
+
+
 def awac(cfg, obs, action):
     b = cfg.batch_size
     _, q, pi = (mlp(b, *x) for x in widths(cfg, obs, action, action))
@@ -195,6 +204,21 @@ def combo(cfg, obs, action):
     return conservative(cfg, obs, action, rows)
 
 
+def mopo(cfg, obs, action):
+    """The updates are soft actor-critic's."""
+    return sac(cfg, obs, action)
+
+
+def mobile(cfg, obs, action):
+    """Soft actor-critic, and the elites' samples, the policy and the targets there."""
+    rows = cfg.batch_size - int(cfg.real_fraction * cfg.batch_size)  # penalised ones
+    rows *= cfg.num_samples
+    elite = mlp(rows, obs + action, *cfg.model_widths, 2 * (obs + 1))
+    _, q, pi = (mlp(rows * cfg.num_elites, *x) for x in widths(cfg, obs, action, 2 * action))
+    penalty = times(cfg.num_elites, forward(elite)) + forward(pi) + times(2, forward(q))
+    return sac(cfg, obs, action) + penalty
+
+
 # --- A model of the environment ---
 
 
@@ -238,20 +262,25 @@ def block(rows, length, inner, out, width):
     return convolutions + mlp(rows, width, out) + past
 
 
-def unet(cfg, rows, channels):
-    """The layers of the denoising network."""
+def unet(cfg, rows, channels, conditions=0):
+    """The layers of the denoising network, which `conditions` are told to."""
     w, length, inner = cfg.width, cfg.horizon, channels
     sizes = [w * m for m in cfg.multiples]
     layers = mlp(rows, w, 4 * w, w)
+    if conditions:
+        layers += mlp(rows, conditions, w, 4 * w, w)
+    given = 2 * w if conditions else w
     for level, size in enumerate(sizes):
         if level:
             length //= 2
             layers += [(rows * length, 3 * inner, inner)]
-        layers += block(rows, length, inner, size, w) + block(rows, length, size, size, w)
+        layers += block(rows, length, inner, size, given) + block(rows, length, size, size, given)
         inner = size
-    layers += 2 * block(rows, length, inner, inner, w)
+    layers += 2 * block(rows, length, inner, inner, given)
     for beside, size in zip(sizes[:0:-1], sizes[-2::-1], strict=True):
-        layers += block(rows, length, inner + beside, size, w) + block(rows, length, size, size, w)
+        layers += block(rows, length, inner + beside, size, given) + block(
+            rows, length, size, size, given
+        )
         layers += [(rows * length, 3 * size, 2 * size)]
         length, inner = 2 * length, size
     return layers + [(rows * length, 5 * inner, w), (rows * length, w, channels)]
@@ -276,6 +305,13 @@ def value_net(cfg, rows, channels):
 def diffuser(cfg, obs, action):
     nets = [unet] if cfg.goal else [unet, value_net]
     return sum((learn(net(cfg, cfg.batch_size, obs + action)) for net in nets), Counter())
+
+
+def decision_diffuser(cfg, obs, action):
+    """The U-Net with a return as its condition, and the inverse dynamics."""
+    pairs = cfg.batch_size * (cfg.horizon - 1)
+    inverse = mlp(pairs, 2 * obs, *cfg.inverse_widths, action)
+    return learn(unet(cfg, cfg.batch_size, obs, 1)) + learn(inverse)
 
 
 def plan(cfg, obs, action):

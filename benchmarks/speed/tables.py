@@ -28,8 +28,8 @@ COMPARED = {  # our row: what peers call it, and the sizes that must be equal
     "plan": ("plan", dict(horizon=32)),
     "evaluation": ("evaluation", {}),
 }
-SIMILAR = ("bc", "sac", "td3_bc", "rebrac", "edac", "brac", "awr", "iql", "awac", "cql", "combo")
-SIMILAR += ("dt", "rvs")  # their policies cost what the rows of evaluations measure
+# Their policies cost what the rows of evaluations measure.
+SIMILAR = "bc sac td3_bc rebrac edac brac awr iql awac cql combo mopo mobile dt rvs".split()
 OTHERWISE = {  # (peer, our row): the difference between them
     ("Unifloral", "iql"): "the policy's weights from V before its update: one V less",
     ("Unifloral", "dynamics"): "ReLU for swish, one batch for all members, no weight decay",

@@ -28,10 +28,12 @@ data's actions, which they were fitted to, or the policy's:
                    (standard deviation in the data), sampled as in rollouts
     reward_bias    mean of the model's reward minus the true one, at states of the simulator
 
-Writes settling.json and settling.png to benchmarks/results.
+Writes settling.json and settling.png to benchmarks/results. What settling.json holds already stays,
+unless it is measured anew. A run that was stopped counts up to its last evaluation.
 """
 
 import csv
+import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -52,17 +54,20 @@ ROOT = Path(__file__).resolve().parents[2]
 
 POINTS = 20_000, 50_000, 100_000  # updates that the table shows
 SPAN, MOVES = 10_000, 0.02  # a Q that changes by a larger share in so many updates still moves
-USUAL = {  # settings of COMBO that a name leaves out, and how it says others
+SIMULATOR = "algorithms/simulator.py"  # runs of simulator.py, as runs.command writes them
+USUAL = {  # settings that a name leaves out, and how it says others
     "num_actions": (1, "{} actions"),
     "max_epochs": (100, "model of {} epochs"),
     "rho": ("mixture", "rho {}"),
     "real_fraction": (0.5, "f {:g}"),
+    "polyak": (0.005, "polyak {:g}"),
+    "num_updates": (100_000, "actor's rate 0 at {:,}"),
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    runs: tyro.conf.Positional[tuple[str, ...]]  # finished run folders
+    runs: tyro.conf.Positional[tuple[str, ...]]  # run folders
     checkpoints: tuple[str, ...] = ()  # copies of one run of combo.py, in the order of its updates
     models: tuple[str, ...] = ()  # run folders of combo.py with other models
     num_states: int = 200  # states of the data where the simulator starts
@@ -76,10 +81,10 @@ class Config:
 def label(run):
     """A collected run's name in table and picture."""
     name, own = NAMES[run["algorithm"]], run["config"]
-    if name != "COMBO":
-        return name
-    words = [f"{name}, beta {own['beta']:g}"]
-    words += [say.format(own[key]) for key, (usual, say) in USUAL.items() if own[key] != usual]
+    if SIMULATOR in run["command"]:
+        return f"{name}, beta {own['beta']:g}, the simulator as its model"
+    words = [name, f"beta {own['beta']:g}"] if name == "COMBO" else [name]
+    words += [say.format(own[k]) for k, (usual, say) in USUAL.items() if own.get(k, usual) != usual]
     return ", ".join(words)
 
 
@@ -94,14 +99,19 @@ def q_pi(folder):
 
 
 def curve(folder):
-    """The scores and the Q of a finished run at its evaluations, as plain data."""
-    run, q = collect(Path(folder)), q_pi(folder)
+    """The scores and the Q of a run at its evaluations, as plain data."""
+    returns = json.loads((Path(folder) / "returns.json").read_text("utf-8"))
+    run, q = (
+        collect(Path(folder), max(int(step) for step in returns if step.isdigit())),
+        q_pi(folder),
+    )
     level = behaviour(run)["data's mean"]
     return {
         "run": label(run),
         "dataset": run["dataset"],
         "data_score": round(score(run, level), 2),
-        **{key: run[key] for key in ("command", "commit", "device")},
+        "command": run["command"].replace(SIMULATOR, "-m benchmarks.studies.simulator"),
+        **{key: run[key] for key in ("commit", "device")},
         "scores": {
             step: np.round(score(run, np.array(x)), 2).tolist() for step, x in run["curve"].items()
         },
@@ -129,7 +139,12 @@ def direction(q, step):
 
 
 def summary(row, step):
-    """(mean score, its interval, mean Q or None, direction) of a curve's row at `step`."""
+    """(mean score, its interval, mean Q or None, direction) of a curve's row at `step`.
+
+    None if it was stopped before.
+    """
+    if str(step) not in row["scores"]:
+        return None
     scores = np.array([row["scores"][str(step)]])
     q = row["q"].get(str(step))
     mean = None if q is None else float(np.mean(q))
@@ -280,51 +295,59 @@ def plot(rows, path):
     names = [row["dataset"] for row in rows]
     dataset = max(names, key=names.count)
     rows = [row for row in rows if row["dataset"] == dataset and row["q"]]
-    groups = defaultdict(list)  # a colour for each weight, a dash for each variant
+    groups = defaultdict(list)  # a line of panels for each weight; other methods in grey
     for row in rows:
-        groups[", ".join(row["run"].split(", ")[:2])].append(row["run"])
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.4, 4.4), sharex=True)
-    for i, group in enumerate(groups.values()):
-        for row in rows:
-            if row["run"] not in group:
-                continue
-            dash = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))[group.index(row["run"])]
+        groups[", ".join(row["run"].split(", ")[:2]) if "beta" in row["run"] else ""].append(row)
+    others = groups.pop("", [])
+    figure, axes = pyplot.subplots(
+        len(groups), 2, figsize=(13, 3.7 * len(groups)), sharex=True, sharey="col", squeeze=False
+    )
+    for (left, right), (name, group) in zip(axes, groups.items(), strict=True):
+        looks = [{"color": "0.5", "ls": dash} for dash in ("-", "--", ":", "-.")][: len(others)]
+        looks += [{"color": f"C{i}"} for i in range(len(group))]
+        for row, look in zip(others + group, looks, strict=True):
             for axis, found in ((left, row["scores"]), (right, row["q"])):
                 steps, x = [int(t) for t in found], np.array(list(found.values()))
-                axis.plot(steps, x.mean(1), label=row["run"], color=f"C{i}", ls=dash, lw=1.6)
-                axis.fill_between(steps, x.min(1), x.max(1), color=f"C{i}", alpha=0.1, lw=0)
-    left.axhline(rows[0]["data_score"], color="0.3", ls=":", lw=1.2)
-    left.annotate("data's mean", (0, rows[0]["data_score"]), (3, 3), textcoords="offset points")
-    left.set(title=f"{short(dataset)}: score", xlabel="updates")
-    right.set(title="Q at the policy's actions", xlabel="updates", ylim=(0, None))
-    for axis in (left, right):
+                axis.plot(steps, x.mean(1), label=row["run"], lw=1.6, **look)
+                axis.fill_between(steps, x.min(1), x.max(1), alpha=0.1, lw=0, color=look["color"])
+        left.axhline(rows[0]["data_score"], color="0.3", ls=":", lw=1.2)
+        left.annotate("data's mean", (0, rows[0]["data_score"]), (3, 3), textcoords="offset points")
+        left.set(title=f"{short(dataset)}, {name}: score")
+        right.set(title="Q at the policy's actions", ylim=(0, None))
+        right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(0)
         axis.xaxis.set_major_formatter("{x:,.0f}")
-    left.legend(frameon=False, fontsize=8, loc="lower right")
+    for axis in axes[-1]:
+        axis.set_xlabel("updates")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
 
 def main(cfg: Config):
-    rows = sorted(map(curve, cfg.runs), key=lambda row: (row["dataset"], row["run"]))
+    results = Path(cfg.results)
+    path = results / "settling.json"
+    stored = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    rows = [*stored.get("runs", []), *map(curve, cfg.runs)]
+    rows = {(row["dataset"], row["run"]): row for row in rows}  # the later one of a name
+    rows = [rows[name] for name in sorted(rows)]
     for row in rows:
-        for step in POINTS:
+        for step in (step for step in POINTS if summary(row, step)):
             mean, (low, high), q, moving = summary(row, step)
             words = "" if q is None else f", Q {q:.0f} {moving}"
             name = f"{short(row['dataset'])}, {row['run']}, {step:,}"
             print(f"{name}: {mean:.1f} [{low:.1f}, {high:.1f}]{words}")
-    found = {"runs": rows}
+    found = {k: stored[k] for k in ("checkpoints", "models") if k in stored} | {"runs": rows}
     if cfg.checkpoints:
         found["checkpoints"] = [checkpoint(folder, cfg) for folder in cfg.checkpoints]
         found["models"] = models(cfg.checkpoints[-1], cfg)
     folders = "runs", "checkpoints", "models", "results"
     settings = {k: v for k, v in vars(cfg).items() if k not in folders}
     record = experiment.machine() | {"config": settings}
-    results = Path(cfg.results)
     results.mkdir(parents=True, exist_ok=True)
-    (results / "settling.json").write_text(text(record | found), "utf-8")
+    path.write_text(text(record | found), "utf-8")
     plot(rows, results / "settling.png")
 
 

@@ -19,15 +19,22 @@ IDEA |= {"actor_loss", "critic_loss", "value_loss", "model_loss", "advantage"}
 # and these, each text shared by the files between two bars: other kinds of policy and of data.
 # Files that are not named share one text: a new one is named only where it differs from them.
 VERSIONS = {
-    "Actor": "awr | bear | brac | cal_ql combo cql edac sac | rebrac td3_bc | rlpd | rvs",
-    "Critic": "rebrac | rlpd",
-    "act": "bcq bear | brac cal_ql combo cql edac rlpd sac | diffuser | dt | rebrac td3_bc | rvs",
-    "policy": "bcq bear | diffuser | dt rvs",
-    "minibatch": "awr | diffuser | dt | rvs",
-    "train_chunk": "awr | combo | diffuser dt | rebrac td3_bc | rlpd | rvs",
-    "Window": "dt",
+    "Actor": "awr | bear | brac | cal_ql combo cql edac mobile mopo sac | rebrac td3_bc | rlpd"
+    " | rvs",
+    "Critic": "fql | rebrac | rlpd",
+    "act": "bcq bear | brac cal_ql combo cql edac mobile mopo rlpd sac | decision_diffuser"
+    " | diffuser | dt | fql | rebrac td3_bc | rvs",
+    "policy": "bcq bear | decision_diffuser diffuser | dt fql rvs",
+    "minibatch": "awr | decision_diffuser | diffuser | dt | rvs",
+    "train_chunk": "awr | combo mobile mopo | decision_diffuser diffuser dt | rebrac td3_bc | rlpd"
+    " | rvs",
+    "Window": "decision_diffuser | dt",
     "Block": "dt",
     "candidates": "bear",
+    "TimeEmbedding": "decision_diffuser",
+    "plan": "decision_diffuser",
+    "backup": "mobile",
+    "rollout": "mopo",
     "learn": "cal_ql | rlpd",
     "temperature_loss": "rlpd",
     "multiplier_loss": "cal_ql",
@@ -35,6 +42,8 @@ VERSIONS = {
 # What `train` does from its seeds' keys on is one text; these files have a line more.
 MORE = {
     "combo": "if run.step == 0:\n    state = run.restore(state.replace(dynamics=fit_dynamics(",
+    "mopo": "if run.step == 0:\n    dynamics = fit_dynamics(",
+    "mobile": "if run.step == 0:\n    state = run.restore(state.replace(dynamics=fit_dynamics(",
     "brac": "if run.step == 0:\n    state = run.restore(clone_behaviour(",
     "dt": "report(run, cfg.targets)",
     **dict.fromkeys(("awac", "cal_ql", "iql"), "if cfg.online_steps:"),
@@ -99,6 +108,13 @@ def test_what_all_files_have():
 
 def test_cql_and_combo_have_one_policy():
     assert BLOCKS["cql"]["actor_loss"] == BLOCKS["combo"]["actor_loss"]
+
+
+def test_the_model_is_one_text():
+    """That of the section Dynamics and of the buffer, comments included."""
+    based = [text for text in FILES.values() if "# --- Dynamics ---\n\n" in text]
+    parts = {text.split("# --- Dynamics ---\n\n")[1].split("class State:")[0] for text in based}
+    assert len(based) == 3 and len(parts) == 1
 
 
 @pytest.mark.parametrize("name", TRAINERS)
@@ -195,7 +211,7 @@ def test_common_knows_no_algorithm(name):
 @pytest.mark.parametrize("name", FILES)
 def test_the_docstring_says_what_a_reader_needs(name):
     text = ast.get_docstring(ast.parse(FILES[name]))
-    assert re.search(r"arXiv:\d{4}\.\d{5}", text)
+    assert re.search(r"arXiv:\d{4}\.\d{5}|proceedings\.mlr\.press/v\d+/\w+", text)
     assert f"Run: python algorithms/{name}.py" in text
     assert "Differs from" in " ".join(text.split())
 

@@ -7,13 +7,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import combo
+import gymnasium
 import jax
 import numpy as np
 import pytest
 import tiny
 
 from benchmarks import report
-from benchmarks.studies import settling
+from benchmarks.scores import runs
+from benchmarks.studies import settling, simulator
 from common import datasets, evaluation
 
 ROOT = Path(__file__).parents[2]
@@ -33,8 +35,8 @@ def test_a_q_moves_where_it_changed_by_two_percent(before, now, direction):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A finished run of COMBO, two seeds of two episodes; 0 and 100 score 0 and 100."""
-    config = dict(num_updates=20, seed=0, num_seeds=2, beta=0.5, real_fraction=0.5, out="x")
+    """A run of COMBO, stopped after 20 updates: two seeds of two episodes; 0 and 100 score so."""
+    config = dict(num_updates=100_000, seed=0, num_seeds=2, beta=0.5, real_fraction=0.5, out="x")
     config |= dict(rho="model", max_epochs=25, num_actions=1)
     info = {
         "algorithm": "combo",
@@ -72,6 +74,41 @@ def test_a_runs_curve(folder, monkeypatch):
         "| hopper/medium (15.0) | COMBO, beta 0.5, model of 25 epochs, rho model"
     )
     assert line.endswith("| 2.5 [1.5, 3.5] | 25.0 [15.0, 35.0] | 11 | 21 ↑ |")
+    monkeypatch.setattr(settling, "POINTS", (20, 30))
+    line = report.settling_table([row]).splitlines()[2]
+    assert line.endswith("| 25.0 [15.0, 35.0] | – | 21 ↑ | – |")  # nothing where it had stopped
+
+
+def test_the_simulator_as_the_model():
+    """It repeats the data's transitions, and a run with it is named so."""
+    data = datasets.load("stillwater/halfcheetah/medium-v0")
+    env = gymnasium.make(simulator.ENV).unwrapped
+    obs, action = (x[:6].reshape(2, 3, -1) for x in (data.obs, data.action))
+    step = jax.vmap(lambda o, a: simulator.simulator_step(env)(None, o, a, None, None))
+    next_obs, reward = jax.jit(step)(obs, action)
+    np.testing.assert_allclose(next_obs.reshape(6, -1), data.next_obs[:6], atol=1e-5)
+    np.testing.assert_allclose(reward.reshape(6), data.reward[:6], atol=1e-5)
+    command = runs.command({"command": ["/somewhere/studies/simulator.py"]})
+    run = {"algorithm": "combo", "config": {"beta": 0.5}, "command": command}
+    assert settling.label(run) == "COMBO, beta 0.5, the simulator as its model"
+
+
+def test_only_what_is_simulated():
+    with pytest.raises(SystemExit, match="only HalfCheetah-v5 is simulated"):
+        simulator.main(combo.Config(env="stillwater/hopper/medium-v0"))
+
+
+def test_what_was_measured_before_stays(folder, tmp_path):
+    """But for a run of the same name."""
+    other = settling.curve(folder) | {"run": "CQL"}
+    again = settling.curve(folder) | {"scores": {}}
+    results = tmp_path / "results"
+    results.mkdir()
+    (results / "settling.json").write_text(json.dumps({"runs": [other, again], "models": [1]}))
+    settling.main(settling.Config(runs=(str(folder),), results=str(results)))
+    found = json.loads((results / "settling.json").read_text())
+    assert found["runs"] == [settling.curve(folder), other]
+    assert found["models"] == [1]
 
 
 def test_a_models_errors_by_hand():

@@ -27,13 +27,17 @@ SIZES = 17, 6
 def counts(name, changes):
     """Necessary FLOPs, and XLA's for the program as it is written, before any optimisation."""
     module, cfg = speed.settings(name, changes)
-    once = {x: 1 for x in ("policy_delay", "actor_steps", "critic_steps", "utd") if hasattr(cfg, x)}
+    once = {
+        x: 1
+        for x in ("policy_delay", "actor_steps", "critic_steps", "flow_steps", "utd")
+        if hasattr(cfg, x)
+    }
     cfg, key = replace(cfg, **once), jax.random.key(0)  # XLA counts a loop's body once
     first, data = arrays(module, datasets.load(speed.DATA), cfg)
     state = jax.eval_shape(partial(module.init, cfg=cfg), key, first)
     rows, sizes, more = jnp.zeros(cfg.batch_size, int), {}, {}
     rows = rows[None] if name == "rlpd" else rows  # an update of one minibatch
-    if name in ("dt", "diffuser", "rvs"):
+    if name in ("dt", "decision_diffuser", "diffuser", "rvs"):
         more = dict(cfg=cfg) | (dict(key=key) if name == "rvs" else {})
     if name == "awr":  # an iteration on an episode of one minibatch's size
         data, sizes = data._replace(rows=jax.tree.map(lambda x: x[rows], data.rows)), {"rows": 256}
