@@ -6,13 +6,15 @@ beat (Chen et al. 2021, arXiv:2106.01345).
 
     L_pi(phi) = E[ |mean(s) - a|^2 ]     --head deterministic
     L_pi(phi) = E[ -log pi(a | s) ]      --head gaussian
+    L_pi(phi) = E[ -log pi(a | s) ]      --head categorical, for discrete actions
 
 Run: python algorithms/bc.py --env halfcheetah-medium-v2                  # BC
      python algorithms/bc.py --env halfcheetah-medium-v2 --fraction 0.1   # 10%BC
+     python algorithms/bc.py --env stillwater/cartpole/replay-v0 --head categorical
 
 Settings and updates are those of the trusted port, CORL (github.com/tinkoff-ai/CORL): the squared
 error is averaged over the action's dimensions. The Gaussian head is the policy of CORL's AWAC with
-a tanh on its mean. Differs from the port:
+a tanh on its mean. The categorical head takes the likeliest action. Differs from the port:
 - an episode ends where the data say so (only at terminals and after every 1,000 steps)
 - %BC ranks episodes by undiscounted return (discounted)
 """
@@ -36,6 +38,8 @@ from flax.training.train_state import TrainState
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # finds common/
 from common import datasets, evaluation, experiment  # noqa: E402
 
+ACTIONS = ("continuous", "discrete")  # the kinds that this file takes
+
 
 @dataclass(frozen=True)
 class Config:
@@ -57,7 +61,7 @@ class Config:
     normalize: bool = True  # standardise observations
     # --- BC ---
     fraction: float = 1.0  # of the episodes, by highest return; 0.1 is 10%BC, in (0, 1]
-    head: Literal["deterministic", "gaussian"] = "deterministic"  # squared error or likelihood
+    head: Literal["deterministic", "gaussian", "categorical"] = "deterministic"  # see the losses
 
 
 class Dense(nn.Module):
@@ -98,6 +102,17 @@ class Actor(nn.Module):
         return distrax.MultivariateNormalDiag(mean, jnp.broadcast_to(jnp.exp(log_std), mean.shape))
 
 
+class Categorical(nn.Module):
+    """pi(a | s) of discrete actions, as vectors with a 1 at one of them."""
+
+    widths: tuple[int, ...]
+    num_actions: int
+
+    @nn.compact
+    def __call__(self, obs):
+        return distrax.OneHotCategorical(MLP(self.widths, self.num_actions)(obs), dtype=obs.dtype)
+
+
 @struct.dataclass
 class State:
     actor: TrainState
@@ -108,7 +123,7 @@ class State:
 def init(key, data, cfg):
     """A fresh network and optimiser for one seed; `data`, a Batch, gives sizes and statistics."""
     obs, action = data.obs[0], data.action[0]
-    actor = Actor(cfg.widths, action.shape[-1])
+    actor = (Categorical if cfg.head == "categorical" else Actor)(cfg.widths, action.shape[-1])
     return State(
         actor=TrainState.create(
             apply_fn=actor.apply, params=actor.init(key, obs), tx=optax.adam(cfg.lr)
@@ -121,7 +136,7 @@ def init(key, data, cfg):
 def actor_loss(pi_params, state, batch, cfg):
     """Squared error of the mean action, or negative log-likelihood."""
     pi = state.actor.apply_fn(pi_params, batch.obs)
-    if cfg.head == "gaussian":
+    if cfg.head in ("gaussian", "categorical"):
         loss = -jnp.mean(pi.log_prob(batch.action))
     else:
         loss = jnp.mean((pi.mode() - batch.action) ** 2)
@@ -179,6 +194,15 @@ def policy(cfg):
     return evaluation.stateless(act)
 
 
+def check(cfg, dataset):
+    """Raises SystemExit unless the head is for the dataset's kind of actions."""
+    if (cfg.head == "categorical") != (dataset.num_actions > 0):
+        kind = "discrete" if dataset.num_actions else "continuous"
+        use = "it" if dataset.num_actions else "another one"
+        why = f"{dataset.name} has {kind} actions, and categorical is for discrete ones"
+        raise SystemExit(f"--head {cfg.head}: {why}: use {use}.")
+
+
 def best_episodes(data, fraction):
     """Rows (N,) bool of the share of the episodes with the largest returns, rounded down."""
     order = np.argsort(-data.returns(), kind="stable")
@@ -193,6 +217,7 @@ def best_episodes(data, fraction):
 def train(cfg, dataset):
     """Trains `cfg.num_seeds` policies on a Dataset; their State, seeds on axis 0."""
     cfg = experiment.resolve(cfg, {}, dataset)
+    check(cfg, dataset)
     rows = best_episodes(dataset, cfg.fraction)
     if cfg.fraction < 1 and rows.sum() < cfg.batch_size:
         left = f"leaves {rows.sum():,} transitions, fewer than --batch-size {cfg.batch_size}"

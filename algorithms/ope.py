@@ -238,7 +238,7 @@ def cloned(data, key, cfg):
 
         return jax.lax.scan(one, behaviour, steps)[0]
 
-    for steps in update_numbers(cfg.clone_updates):
+    for steps in portions(cfg.clone_updates):
         behaviour = chunk(behaviour, data, steps)
 
     def log_b(row):
@@ -247,7 +247,7 @@ def cloned(data, key, cfg):
     return np.asarray(jax.lax.map(log_b, (data.obs, data.action), batch_size=BLOCK), np.float64)
 
 
-def update_numbers(updates):
+def portions(updates):
     """The numbers of the updates, in arrays of CHUNK."""
     return [jnp.arange(i, min(i + CHUNK, updates)) for i in range(0, updates, CHUNK)]
 
@@ -318,7 +318,7 @@ def fit(data, mean, next_mean, key, cfg):
     state = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))(keys, data)
     chunk = jax.vmap(partial(fit_chunk, bounds=bounds, cfg=cfg), (0, None, 0, None, None))
     chunk = jax.jit(chunk, donate_argnums=0)
-    for steps in update_numbers(cfg.num_updates):
+    for steps in portions(cfg.num_updates):
         state, metrics = chunk(state, data, next_mean, k_fit, steps)
         if (done := int(steps[-1]) + 1) % max(1, cfg.num_updates // 5) < CHUNK:
             loss = float(metrics["critic_loss"].mean())

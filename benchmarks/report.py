@@ -34,6 +34,7 @@ IN_PART = ("support", "behaviours", "edac")  # claims that hold in part, as thei
 @dataclass(frozen=True)
 class Config:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()  # run folders to add
+    stopped: bool = False  # also those of runs that were stopped, with their last evaluation
     results: str = str(ROOT / "benchmarks/results")  # where the results lie
 
 
@@ -59,7 +60,7 @@ def settling_table(rows):
         found = [settling.summary(row, step) for step in settling.POINTS]
         scores, q = ["–"] * len(found), ["" if row["q"] == {} else "–"] * len(found)
         for i, (mean, (low, high), value, moving) in ((i, x) for i, x in enumerate(found) if x):
-            scores[i] = f"{mean:z.1f} [{low:z.1f}, {high:z.1f}]"
+            scores[i] = f"{mean:z.1f}" + f" [{low:z.1f}, {high:z.1f}]" * bool(low < high)
             q[i] = "" if value is None else f"{value:.0f}{ARROWS[moving]}"
         data = f"{short(row['dataset'])} ({row['data_score']:.1f})"
         seeds = len(row["scores"][str(settling.POINTS[0])])
@@ -300,6 +301,7 @@ TABLES = {  # name in a page: what stands there
     "scores": of_scores(score_tables.long_table),
     "aggregate": of_scores(score_tables.aggregate),
     "time": of_scores(score_tables.time_table),
+    "discrete": of_scores(score_tables.discrete_table),
     "peers": lambda stored: peers_table(*stored.runs()),
     "parity": lambda stored: parity_table(stored("parity")),
     "resume": lambda stored: resume_table(stored("resume")["rows"]),
@@ -349,7 +351,7 @@ def draw(runs, source, results):
 def main(cfg: Config):
     results = Path(cfg.results)
     for folder in map(Path, cfg.runs):
-        add(folder, results)
+        add(folder, results, cfg.stopped)
     stored = Stored(results)
     runs, _ = stored.runs()
     if not runs:

@@ -19,11 +19,10 @@ RUN = dict(
     num_updates=100, log_every=10, eval_every=50, save_every=50, eval_episodes=1, num_seeds=2,
     batch_size=8,
 )  # fmt: skip
+DISCRETE = [path.stem for path in FILES if '\nACTIONS = ("discrete",)' in path.read_text("utf-8")]
 OWN = {
     "fql": dict(chunk=3),  # which makes it a policy with memory
     "brac": dict(divergence="wasserstein"),  # which trains all its networks
-    "cal_ql": dict(online_steps=50, critic_widths=(8, 8)),
-    "rlpd": dict(pretrain_updates=50),
     "mobile": dict(real_fraction=0.5),
     "mopo": dict(real_fraction=0.5),
     "decision_diffuser": dict(
@@ -34,6 +33,8 @@ OWN = {
         plan_every=4,
         regions=(0.0, 0.0, 9.0),
     ),
+    "cal_ql": dict(online_steps=50, critic_widths=(8, 8)),
+    "rlpd": dict(pretrain_updates=50),
     "diffuser": dict(
         horizon=16, diffusion_steps=2, width=32, multiples=(2,), guide_steps=1, plan_every=4
     ),
@@ -73,20 +74,28 @@ def flags(values):
     return words
 
 
-def write(path, rows=64, episode=16):
-    """An HDF5 file for Hopper-v5 in D4RL's layout; one of its episodes ends in a terminal state."""
+def sizes(name=""):
+    """(environment, D, A) of the tiny data of algorithms/<name>.py."""
+    return ("CartPole-v1", 4, 2) if name in DISCRETE else ("Hopper-v5", 11, 3)
+
+
+def write(path, name="", rows=64, episode=16):
+    """An HDF5 file for a file's environment in D4RL's layout; one of its episodes ends in a
+    terminal state."""
     rng, last = np.random.default_rng(0), np.arange(rows) % episode == episode - 1
-    track = rng.normal(size=(rows + 1, 11)).astype(np.float32)
+    _, dim, actions = sizes(name)
+    track = rng.normal(size=(rows + 1, dim)).astype(np.float32)
     terminals = last & (np.arange(rows) < episode)
     with h5py.File(path, "w") as file:
         file["observations"], file["next_observations"] = track[:-1], track[1:]
-        file["actions"] = rng.uniform(-1, 1, (rows, 3)).astype(np.float32)
+        vectors = rng.uniform(-1, 1, (rows, actions)).astype(np.float32)
+        file["actions"] = vectors.argmax(1) if name in DISCRETE else vectors
         file["rewards"] = rng.normal(1, 1, rows).astype(np.float32)
         file["terminals"], file["timeouts"] = terminals, last & ~terminals
 
 
-def dataset(path):
+def dataset(path, name=""):
     """That file as a Dataset, written where there is none yet."""
     if not Path(path).exists():
-        write(path)
-    return datasets.load(str(path), "Hopper-v5")
+        write(path, name)
+    return datasets.load(str(path), sizes(name)[0])

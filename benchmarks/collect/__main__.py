@@ -23,28 +23,22 @@ and updated the critics before the policy. Their metadata is of the time when th
 import itertools
 import json
 import os
-import shutil
-import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import gymnasium
-import h5py
 import jax
 import jax.numpy as jnp
-import minari
 import numpy as np
 import tyro
 from flax import serialization
-from minari.data_collector import EpisodeBuffer
 
 from algorithms import sac
-from benchmarks.collect import waypoints
+from benchmarks.collect import recording, waypoints
+from benchmarks.collect.recording import FIELDS, cut, episode_returns, play, thin, write
 from common import datasets, evaluation
 
 MADE_BY = {"random": "uniform actions", "waypoint": "waypoint controller"}  # the others: SAC
@@ -100,9 +94,6 @@ def mode(actor, obs):
     return actor.apply_fn(actor.params, obs).mode()
 
 
-FIELDS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
-
-
 class Replay:
     """All transitions of a run in order: arrays of `FIELDS`, with `size` rows filled."""
 
@@ -128,31 +119,6 @@ class Replay:
         return {k: v[: self.size] for k, v in self.rows.items()}
 
 
-def play(envs, policy, rng, num_steps):
-    """Whole episodes, in rounds of one per environment, until there are `num_steps` rows.
-
-    policy: obs (n, D) -> action (n, A). Returns {name: array} of `FIELDS`, one episode after
-    another.
-    """
-    episodes, total = [], 0
-    while total < num_steps:
-        seeds = rng.integers(0, 2**31, len(envs))
-        obs = [env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds, strict=True)]
-        rows, alive = [[] for _ in envs], list(range(len(envs)))
-        while alive:
-            actions = np.asarray(policy(np.stack(obs)))
-            for i in list(alive):
-                next_obs, reward, terminated, truncated, _ = envs[i].step(actions[i])
-                rows[i].append((obs[i], actions[i], reward, next_obs, terminated, truncated))
-                obs[i] = next_obs
-                if terminated or truncated:
-                    alive.remove(i)
-        episodes += rows
-        total += sum(map(len, rows))
-    flat = [row for episode in episodes for row in episode]
-    return {k: np.array([row[i] for row in flat]) for i, k in enumerate(FIELDS)}
-
-
 def reference(cfg, env):
     """(return with score 0, return with score 100, their source in words)."""
     name = cfg.env_id.rsplit("-", 1)[0]
@@ -165,25 +131,6 @@ def reference(cfg, env):
     rows = play([env], lambda _: uniform(), rng, 20_000)
     worst = float(np.mean(episode_returns(rows)))
     return worst, cfg.expert_return, "uniform actions over 20,000 steps, and --expert-return"
-
-
-def boundaries(rows):
-    """Slices of the episodes; rows after the last end count as an episode."""
-    ends = np.flatnonzero(rows["terminated"] | rows["truncated"]) + 1
-    edges = np.unique(np.concatenate([[0], ends, [len(rows["reward"])]]))
-    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-
-
-def episode_returns(rows):
-    """Undiscounted returns of the episodes (E,)."""
-    return np.array([rows["reward"][s].sum(dtype=np.float64) for s in boundaries(rows)])
-
-
-def write(path, data):
-    """Writes bytes to a temporary name and renames the file."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
 
 
 def save(folder, step, state, replay, returns):
@@ -270,27 +217,6 @@ def train(cfg, env, folder, goal):
     return state, replay, json.loads((folder / "medium.json").read_text())["step"]
 
 
-def cut(rows, num_steps):
-    """The first `num_steps` rows; an episode cut there ends in a truncation."""
-    rows = {k: v[:num_steps] for k, v in rows.items()}
-    rows["truncated"][-1] |= not rows["terminated"][-1]
-    return rows
-
-
-def thin(rows, num_steps, rng):
-    """Random whole episodes, in their order, that fit into `num_steps` rows."""
-    episodes = boundaries(rows)
-    if len(rows["reward"]) <= num_steps:
-        return rows
-    kept, total = [], 0
-    for i in rng.permutation(len(episodes)):
-        length = episodes[i].stop - episodes[i].start
-        if total + length <= num_steps:
-            kept, total = [*kept, i], total + length
-    index = np.concatenate([np.arange(episodes[i].start, episodes[i].stop) for i in sorted(kept)])
-    return {k: v[index] for k, v in rows.items()}
-
-
 def record(cfg, env, goal):
     """(rows of the dataset, {name: array} of `FIELDS`; facts about the policies)."""
     rng = np.random.default_rng([cfg.seed, 1])
@@ -324,97 +250,6 @@ def record(cfg, env, goal):
     return {k: np.concatenate([p[k] for p in parts]) for k in FIELDS}, about
 
 
-def export(cfg, env, rows, ref_min, ref_max, source, about):
-    """Writes the Minari dataset stillwater/<env>/<kind>-v0 below cfg.out; its path.
-
-    rows: of `record`. ref_min, ref_max, source: of `reference`. about: facts for the metadata.
-    """
-    env_name = cfg.env_id.rsplit("-", 1)[0].lower().replace("_", "-")
-    name = f"stillwater/{env_name}/{cfg.kind}-v0"
-    final = Path(cfg.out).resolve() / name
-    temporary = final.with_name(f".{final.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    os.environ["MINARI_DATASETS_PATH"] = str(temporary)  # minari writes there
-
-    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
-    action = np.clip(low + (rows["action"] + 1) / 2 * (high - low), low, high).astype(np.float32)
-    returns, buffers = episode_returns(rows), []
-    for s in boundaries(rows):
-        terminated, truncated = rows["terminated"][s], rows["truncated"][s].copy()
-        truncated[-1] |= not terminated[-1]  # the run's last, unfinished episode
-        observations = np.concatenate([rows["obs"][s], rows["next_obs"][s][-1:]])
-        buffers.append(
-            EpisodeBuffer(
-                observations=observations.astype(np.float32),
-                actions=action[s],
-                rewards=rows["reward"][s].astype(np.float32),
-                terminations=terminated,
-                truncations=truncated,
-            )
-        )
-    d = env.observation_space.shape
-    packages = ["gymnasium", "mujoco", *["gymnasium-robotics"] * (cfg.kind == "waypoint")]
-    with warnings.catch_warnings():  # minari recommends an e-mail address and a permanent link
-        warnings.filterwarnings("ignore", "`(code_permalink|author_email|eval_env)` is set to None")
-        dataset = minari.create_dataset_from_buffers(
-            name,
-            buffers,
-            env=cfg.env_id,
-            observation_space=gymnasium.spaces.Box(-np.inf, np.inf, d, np.float32),
-            action_space=gymnasium.spaces.Box(low, high, dtype=np.float32),
-            algorithm_name=MADE_BY.get(cfg.kind, "SAC"),
-            author="Stillwater",
-            requirements=[f"{p}=={version(p)}" for p in packages],
-            description=f"{cfg.kind} data of {cfg.env_id}, by Stillwater's benchmarks/collect",
-        )
-    dataset.storage.update_metadata(
-        {
-            "ref_min_score": ref_min,
-            "ref_max_score": ref_max,
-            "stillwater": {
-                "command": "python -m benchmarks.collect " + " ".join(sys.argv[1:]),
-                "config": asdict(cfg),
-                "reference_from": source,
-                "returns": {
-                    "mean": float(returns.mean()),
-                    "std": float(returns.std()),
-                    "min": float(returns.min()),
-                    "max": float(returns.max()),
-                },
-                "versions": {p: version(p) for p in ("jax", "minari", *packages)},
-                **about,
-            },
-        }
-    )
-    data = temporary / name / "data"
-    small = h5py.File(data / "small.hdf5", "w", libver="latest")  # with short headers
-    with h5py.File(data / "main_data.hdf5") as old, small as new:
-        compress(old, new)
-    os.replace(data / "small.hdf5", data / "main_data.hdf5")
-    shutil.rmtree(final, ignore_errors=True)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(temporary / name, final)
-    shutil.rmtree(temporary)
-    return final
-
-
-def compress(old, new):
-    """Copies HDF5 groups, attributes and arrays; shuffles and gzips arrays of more than 1 kB."""
-    new.attrs.update(old.attrs)
-    for name, item in old.items():
-        if isinstance(item, h5py.Group):
-            compress(item, new.create_group(name))
-        else:
-            how = {
-                "compression": "gzip",
-                "compression_opts": 9,
-                "shuffle": True,
-                "chunks": item.shape,
-            }
-            new.create_dataset(name, data=item[()], **(how if item.nbytes > 1024 else {}))
-
-
 def record_walk(cfg, env):
     """(rows of a waypoint dataset, cut into episodes of the time limit; as `reference`)."""
     goal = evaluation.goal_cell(cfg.env_id)
@@ -432,6 +267,8 @@ def record_walk(cfg, env):
 
 def main(cfg: Config):
     env = evaluation.make(cfg.env_id)
+    if evaluation.inspect(cfg.env_id).num_actions:
+        raise SystemExit(f"{cfg.env_id} has discrete actions: use benchmarks.collect.discrete")
     if cfg.kind == "waypoint":
         rows, ref = record_walk(cfg, env)
         about = {}
@@ -439,7 +276,19 @@ def main(cfg: Config):
         ref = reference(cfg, env)
         goal = ref[0] + cfg.medium_fraction * (ref[1] - ref[0])
         rows, about = record(cfg, env, goal)
-    path = export(cfg, env, rows, *ref, about)
+    low, high = env.unwrapped.action_space.low, env.unwrapped.action_space.high
+    action = low + (rows["action"] + 1) / 2 * (high - low)
+    action = np.clip(action, low, high).astype(np.float32)
+    path = recording.export(
+        cfg,
+        rows | {"action": action},
+        env.observation_space.shape,
+        gymnasium.spaces.Box(low, high, dtype=np.float32),
+        ref,
+        about,
+        made_by=MADE_BY.get(cfg.kind, "SAC"),
+        packages=["mujoco", *["gymnasium-robotics"] * (cfg.kind == "waypoint")],
+    )
     returns = episode_returns(rows)
     print(f"{path}: {len(rows['reward']):,} steps, {len(returns):,} episodes, return "
           f"{returns.mean():.1f} +- {returns.std():.1f}")  # fmt: skip

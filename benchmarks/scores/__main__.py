@@ -50,23 +50,28 @@ SHORT = {  # flags of three seeds on three datasets, some nights of two CPU core
     "10%bc": "--fraction 0.1 --num-updates 50000 --eval-every 5000",
     **dict.fromkeys("sac td3_bc rebrac edac bcq bear brac awr awac iql".split(), SETTLED),
     "cql": f"{SETTLED} --num-actions 1",
-    "cal_ql": f"{SETTLED} --num-actions 1",  # its offline phase
     **dict.fromkeys(("mopo", "combo", "mobile"), MODEL),
     "mbpo": f"--penalty-scale 0 {MODEL}",
     "fql": f"{SETTLED} --widths 256 256",
+    "bc-categorical": "--head categorical --num-updates 10000 --eval-every 1000",
+    "dqn": f"{SETTLED} --widths 64 64 --alpha 0",
+    **dict.fromkeys(["discrete_bcq", "discrete_cql"], f"{SETTLED} --widths 64 64"),
+    "cal_ql": f"{SETTLED} --num-actions 1",  # its offline phase
     "rvs": "--num-updates 50000 --eval-every 5000 --batch-size 256 --widths 256 256",
     "dt": "--num-updates 5000 --eval-every 1000 --warmup 1000",
     "diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
     " --plan-every 2 --ddim-steps 5 --samples 16 --eval-episodes 5",  # a cheap planner
-    "rlpd": "--num-updates 20000 --eval-every 2000",  # as many steps in the environment
     "decision_diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
     " --plan-every 2 --ddim-steps 5 --eval-episodes 5",
+    "rlpd": "--num-updates 20000 --eval-every 2000",  # as many steps in the environment
 }
-BUDGETS = {
-    "short": SHORT,
-    "full": dict.fromkeys(SHORT, "") | {"10%bc": "--fraction 0.1", "mbpo": "--penalty-scale 0"},
-}
-FILES = {"10%bc": "bc", "mbpo": "mopo"}  # other names are file names
+FULL = dict.fromkeys(SHORT, "") | {"10%bc": "--fraction 0.1", "mbpo": "--penalty-scale 0"}
+FULL |= {"dqn": "--alpha 0", "bc-categorical": "--head categorical"}
+BUDGETS = {"short": SHORT, "full": FULL}
+FILES = {"10%bc": "bc", "mbpo": "mopo", "dqn": "discrete_cql"}  # others are file names
+FILES |= {"bc-categorical": "bc"}
+DISCRETE = ("bc-categorical", "dqn", "discrete_bcq", "discrete_cql")  # take discrete actions
+CHOICES = ("cartpole", "acrobot", "lunarlander", "minatar")  # words in names of discrete datasets
 DATASETS = ("halfcheetah/medium-v0", "hopper/medium-replay-v0", "walker2d/medium-v0")
 
 
@@ -101,10 +106,15 @@ class Cell(NamedTuple):
 
 
 def grid(cfg):
-    """All cells. Their order depends only on the flags."""
+    """All cells. Their order depends only on the flags.
+
+    Algorithms for discrete actions are paired with datasets of such alone, the others with others.
+    """
     cells, together = [], cfg.seeds_per_run or cfg.num_seeds
     seeds = range(0, cfg.num_seeds, together)
     for name, env, seed in itertools.product(cfg.algorithms, cfg.datasets, seeds):
+        if (name in DISCRETE) != any(word in env.lower() for word in CHOICES):
+            continue
         algorithm, flags = FILES.get(name, name), BUDGETS[cfg.budget][name]
         if cfg.updates:
             times = next(n for n in range(10, 0, -1) if cfg.updates % n == 0)  # evaluations

@@ -32,18 +32,25 @@ NAMES = {  # algorithms in their standard setting; with other flags it is a vari
     "combo": "COMBO",
     "mobile": "MOBILE",
     "rvs": "RvS",
+    "bc --head categorical": "BC-categorical",
+    "discrete_cql --alpha 0": "DQN",
+    "discrete_bcq": "discrete BCQ",
+    "discrete_cql": "discrete CQL",
     "dt": "DT",
     "diffuser": "Diffuser",
-    "rlpd": "RLPD",
     "decision_diffuser": "Decision Diffuser",
+    "rlpd": "RLPD",
 }
 STANDARD = tuple(NAMES.values())
+DISCRETE = ("BC-categorical", "DQN", "discrete BCQ", "discrete CQL")  # on data of their own
 HOW_LONG = """env env-id out seed num-seeds num-updates log-every eval-every eval-episodes
 save-every""".split()
 SHORT = {  # flags of the short budget, see __main__
     "cql": ["num-actions"],
-    "cal_ql": ["num-actions"],
     **dict.fromkeys(("mopo", "mobile"), "max-epochs widths".split()),
+    "discrete_bcq": ["widths"],
+    "discrete_cql": ["widths"],
+    "cal_ql": ["num-actions"],
     "combo": "num-actions max-epochs widths".split(),
     "fql": ["widths"],
     "rvs": "batch-size widths".split(),
@@ -69,11 +76,13 @@ def origin(folder):
     return {"command": command(info), "commit": info["commit"]}
 
 
-def add(folder, results):
-    """Writes the run's JSON below `results`: its Path."""
-    run = collect(folder)
+def add(folder, results, stopped=False):
+    """Writes the run's JSON below `results`: its Path. stopped: the run need not have finished."""
+    run = collect(folder, stopped)
     path = results / "runs" / file_name(run)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and json.loads(path.read_text("utf-8"))["command"] != run["command"]:
+        raise SystemExit(f"{folder}: {path.name} is another run's. Rename the folder.")
     path.write_text(text(run), "utf-8")
     return path
 
@@ -131,10 +140,10 @@ def unpack(archive, results):
     return count
 
 
-def collect(folder, last=None):
+def collect(folder, stopped=False):
     """What a run folder says of itself, as plain data.
 
-    last: the update whose returns are its result, if not that of num_updates.
+    stopped: its result is that of its last evaluation, whether or not it has finished.
 
     evaluations: {updates: (S, E) returns to two decimals}; returns: the last one's in full; curve:
     {updates: (S,) means}; seconds: {updates: of training and evaluating until then}.
@@ -142,7 +151,7 @@ def collect(folder, last=None):
     info = json.loads((folder / "config.json").read_text("utf-8"))
     returns = json.loads((folder / "returns.json").read_text("utf-8"))
     config, dataset = info["config"], info["dataset"]
-    last = last or config["num_updates"]
+    last = max(map(int, returns)) if stopped else config["num_updates"]
     if str(last) not in returns:
         raise SystemExit(f"{folder} has not finished: nothing at update {last:,}")
     with open(folder / "metrics.csv", encoding="utf-8") as file:
@@ -215,7 +224,7 @@ def merge(runs):
             curve[int(t)] = score(last, np.array([run["curve"][t][i] for run, i in found]))
         yield last | {
             "title": min(map(title, group), key=len),  # without defaults spelled out
-            "updates": last["config"]["num_updates"],
+            "updates": max(map(int, last["curve"])),
             **{"returns": returns.tolist(), "scores": score(last, returns)},
             "evaluations": evaluations,
             **{"curve": curve, "diverged": len(seeds) - len(found)},

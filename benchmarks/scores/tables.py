@@ -9,6 +9,7 @@ import numpy as np
 
 from benchmarks.markdown import markdown
 from benchmarks.scores.runs import (
+    DISCRETE,
     behaviour,
     chosen,
     comparable_runs,
@@ -101,11 +102,27 @@ def headline(runs):
     datasets, best = finished(runs)
     if not best:
         return ""
+    curves = link("Learning curves", "curves", runs, "benchmarks/results")
+    return f"{side_by_side(datasets, best)}\n{curves}"
+
+
+def discrete_table(runs):
+    """The same for discrete actions: each method's longest runs that have settled."""
+    best = chosen(run for run in runs if run["title"] in DISCRETE and settled(run))
+    return side_by_side(sorted({dataset for _, dataset in best}), best) if best else ""
+
+
+def side_by_side(datasets, best):
+    """A row a method, a column a dataset. best: {(title, dataset): run}."""
     level = {run["dataset"]: score(run, run["data"]["mean_return"]) for run in best.values()}
     rows = [["*data's mean*", *(f"*{level[dataset]:.1f}*" for dataset in datasets), "", ""]]
     for name in dict.fromkeys(name for name, _ in best):
-        found, cells = [best[name, dataset] for dataset in datasets], []
-        for run in found:
+        found, cells = [best[name, x] for x in datasets if (name, x) in best], []
+        for dataset in datasets:
+            if (name, dataset) not in best:
+                cells.append("")
+                continue
+            run = best[name, dataset]
             low, high, mark = ends(run)
             cells.append(f"{run['scores'].mean():.1f} ± {(high - low) / 2:.1f}{mark}")
         updates = [f"{run['updates']:,}" for run in found]
@@ -113,8 +130,8 @@ def headline(runs):
         same = [x[0] if len(set(x)) == 1 else " / ".join(x) for x in (updates, seeds)]
         rows.append([name, *cells, *same])
     text = markdown(["score", *map(short, datasets), "updates", "seeds"], rows)
-    curves = link("Learning curves", "curves", runs, "benchmarks/results")
-    return f"{text}\n{legend(text)}\n\n{curves}"
+    words = legend(text)
+    return f"{text}\n{words}\n" if words else text
 
 
 def aggregate(runs):
@@ -145,7 +162,7 @@ def time_table(runs):
 
     Only runs whose critic has settled.
     """
-    best = chosen(filter(settled, runs))
+    best = chosen(run for run in runs if settled(run) and run["title"] not in DISCRETE)
     datasets, rows = sorted({dataset for _, dataset in best}), []
     for name in dict.fromkeys(name for name, _ in best):
         cells = [name]

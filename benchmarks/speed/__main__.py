@@ -42,6 +42,7 @@ from common import datasets, evaluation, experiment
 ROOT = Path(__file__).resolve().parents[2]
 
 DATA = "stillwater/halfcheetah/medium-v0"
+CHOICES = "stillwater/cartpole/replay-v0"  # for files that take discrete actions alone
 COMBO = dict(beta=0.5, horizon=5, num_actions=10)  # as many actions as CQL and its peer
 ROLLOUT = dict(horizon=1, rollout_batch=500, retain=500)  # so small that updates alone count
 DIFFUSER = dict(horizon=32, multiples=(1, 2, 4, 8), batch_size=32, diffusion_steps=20)
@@ -66,6 +67,8 @@ UPDATES = {  # row: (algorithm, settings that differ from its defaults)
     "combo": ("combo", COMBO | ROLLOUT),
     "mopo": ("mopo", ROLLOUT),
     "mobile": ("mobile", ROLLOUT),
+    "discrete_cql": ("discrete_cql", {}),
+    "discrete_bcq": ("discrete_bcq", {}),
     "dt": ("dt", dict(targets=(1.0,))),
     "rvs": ("rvs", dict(horizon=1000)),
     "diffuser": ("diffuser", DIFFUSER),
@@ -96,10 +99,16 @@ class Work(NamedTuple):
     more: dict = {}  # other entries of the row
 
 
+def data_of(algorithm):
+    """The name of the dataset that an algorithm is timed on."""
+    kinds = getattr(experiment.module(algorithm), "ACTIONS", ())
+    return CHOICES if kinds == ("discrete",) else DATA
+
+
 def settings(algorithm, changes):
     """(the algorithm's module, its config as its `main` makes it)."""
     module = experiment.module(algorithm)
-    cfg = module.Config(env=DATA, **changes)
+    cfg = module.Config(env=data_of(algorithm), **changes)
     return module, experiment.resolve(cfg, getattr(module, "TUNED", None))
 
 
@@ -233,8 +242,9 @@ def products_rate(products, seconds=4.0):
 
 def work_of(name, seeds):
     """The Work of a row."""
-    data, keys = datasets.load(DATA), jax.vmap(jax.random.key)(jnp.arange(seeds))
-    inputs = data, (data.obs.shape[1], data.action.shape[1]), keys
+    data = datasets.load(data_of(UPDATES[name][0]) if name in UPDATES else DATA)
+    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
+    inputs = data, (data.obs.shape[1], data.num_actions or data.action.shape[1]), keys
     sequences = partial(ten_episodes, algorithm="dt")
     others = dict(zip(OTHERS, (dynamics, rollout, plan, ten_episodes, sequences), strict=True))
     return others[name](*inputs) if name in others else update(name, *inputs)

@@ -54,6 +54,17 @@ def bc(cfg, obs, action):
     return learn(mlp(cfg.batch_size, obs, *cfg.widths, action))
 
 
+def discrete_cql(cfg, obs, action):
+    """With the penalty of CQL(H), which needs no further network."""
+    q = mlp(cfg.batch_size, obs, *cfg.widths, action * max(cfg.num_quantiles, 1))
+    return learn(q) + times(1 + cfg.double, forward(q))  # at s; the target's at s', and Q's own
+
+
+def discrete_bcq(cfg, obs, action):
+    net = mlp(cfg.batch_size, obs, *cfg.widths, action)  # Q, or the imitation
+    return times(2, learn(net)) + times(3, forward(net))  # at s; both and the target's at s'
+
+
 def rvs(cfg, obs, action):
     return learn(mlp(cfg.batch_size, obs + 1, *cfg.widths, action))
 

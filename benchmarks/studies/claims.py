@@ -1,4 +1,4 @@
-"""Tests eleven claims of offline RL in small worlds where true values are known.
+"""Tests fourteen claims of offline RL in small worlds where true values are known.
 
 The corridor has five places in a row. Action a in [-1, 1] steps right with probability (1 + a) / 2,
 else left (at the first place: it stays). Leaving by the right end pays 1 and ends the episode. So Q
@@ -14,7 +14,7 @@ a grid.
 
 The files in algorithms/ do the learning, with small networks and several seeds. Bars and bands go
 from the lowest seed to the highest. Two claims are about the world of stitching.py, where no
-episode takes the best path.
+episode takes the best path. Three are about models, see claims_models.py.
 """
 
 import itertools
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from benchmarks.studies import claims_pictures, stitching
+from benchmarks.studies import claims_models, claims_pictures, stitching
 from common import datasets, experiment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -665,6 +665,7 @@ def ensembles(updates=3000, seeds=3, members=(2, 10), etas=(0.0, 1.0)):
 CLAIMS = {"naive": naive, "cql": conservative, "iql": implicit}
 CLAIMS |= {"awac": weighted, "combo": model_based, "bc": ceiling, "awr": stitched}
 CLAIMS |= {"support": support, "behaviours": two_behaviours, "brac": moved, "edac": ensembles}
+CLAIMS |= claims_models.CLAIMS
 
 
 def plain(x):

@@ -11,7 +11,7 @@ def draw(name, found, path):
     panels, title = PICTURES[name]
     size, dpi = ((8.6, 3.9), 140) if name == "naive" else ((7, 4), 100)  # README's first picture
     figure = Figure(size, dpi=dpi, layout="constrained")
-    axes = figure.subplots(1, 2 if name in ("naive", "cql", "bc") else 1)
+    axes = figure.subplots(1, 2 if name in TWO_PANELS else 1)
     panels(found, *np.ravel(axes))
     figure.suptitle(title, fontsize=11)
     canvas = FigureCanvasAgg(figure)
@@ -198,6 +198,65 @@ def edac(found, axis):
     axis.legend(fontsize=9)
 
 
+def ensemble(found, left, right):
+    at, points, gp = np.array(found["at"]), found["points"], found["GP"]
+    for name, colour in (("GP", "C0"), ("ensemble", "C1")):
+        mean, std = (np.array(found[name][k]) for k in ("mean", "std"))
+        title = {"GP": "Gaussian process", "ensemble": "ensemble, 7 members"}[name]
+        left.plot(at, mean, color=colour, label=title)
+        left.fill_between(at, mean - 2 * std, mean + 2 * std, color=colour, alpha=0.25, lw=0)
+    left.plot(at, found["curve"], "k:", lw=1, label="truth")
+    left.plot(points["x"], points["y"], "k.", ms=2, label="data")
+    left.set(xlabel="s", ylabel="s' - s", ylim=(-4, 4))
+    left.legend(fontsize=8, loc="upper left")
+    for axis in (left, right):
+        for low, high in found["seen"]:
+            axis.axvspan(low, high, color="0.92", zorder=0)
+    right.plot(at, gp["std"], color="C0", label="std of the Gaussian process")
+    kinds = {"spread": "spread", "disagreement": "disagreement", "std": "largest learned std"}
+    for (name, title), colour in zip(kinds.items(), ("C1", "C2", "C4"), strict=True):
+        u = np.array(found[name])
+        seeds = {"mean": np.median(u, 0), "lowest": u.min(0), "highest": u.max(0)}
+        band(right, at, seeds, title, colour)
+    right.set(yscale="log", xlabel="s", ylabel="u, as mopo.py computes it; 5 seeds")
+    right.legend(fontsize=8, loc="upper center")
+
+
+def mopo(found, left, right):
+    names = {"error": "u = the model's error", "distance": "u = distance of distributions"}
+    for (name, title), colour in zip(names.items(), ("C0", "C1"), strict=True):
+        rows = found[name]
+        style = dict(marker="o", ms=4, color=colour, label=title)
+        left.plot(found["shares"], 100 * np.array(rows["above"]), **style)
+        right.plot(found["shares"], rows["excess"], **style)
+    for axis in (left, right):
+        axis.axvline(1, color="0.5", ls="--", lw=1)
+        axis.set(xlabel="penalty_scale: share of u that is paid")
+    left.set(ylabel="% of policies above their true return")
+    left.legend(fontsize=8)
+    right.axhline(0, color="0.5", lw=1)
+    right.set(ylabel="largest penalised - true return")
+
+
+def bound(found, left, right):
+    errors = 100 * np.array(found["errors"])
+    left.plot(errors, found["COMBO"]["distance"], "o-", ms=4, label="COMBO")
+    left.axhline(found["CQL"]["distance"], color="C1", label="CQL")
+    left.set(xlabel="wrong transitions in the model, %", ylabel="true value - lower bound")
+    left.set_ylim(0)
+    left.legend(fontsize=8)
+    for i, beta in enumerate(found["betas"]):
+        colour = ("C3", "C2", "C0")[i]
+        lowest, least = (np.array(x)[:, i] for x in (found["gain"]["lowest"], found["least"]))
+        right.plot(errors, lowest, color=colour, label=f"beta {beta:g}")
+        right.plot(errors, least, ":", color=colour)
+    right.axhline(0, color="0.5", lw=1)
+    right.set(xlabel="wrong transitions in the model, %", ylabel="improved policy - behaviour")
+    right.set_title("lowest of 40 worlds (dotted: bound)", fontsize=9)
+    right.legend(fontsize=8)
+
+
+TWO_PANELS = ("naive", "cql", "bc", "ensemble", "mopo", "bound")
 PICTURES = {  # name: (its panels, its title)
     "naive": (naive, "Naive off-policy learning (SAC) overestimates actions outside the data;\n"
               "conservative Q-learning (CQL) does not"),
@@ -222,4 +281,9 @@ PICTURES = {  # name: (its panels, its title)
              "which no action changes: the policy is the same"),
     "edac": (edac, "More critics predict less, but SAC-N fails all the same;\n"
              "EDAC pushes their gradients apart, predicts too little and arrives"),
+    "ensemble": (ensemble, "Where data end, a Gaussian process's band opens\n"
+                 "and the members of an ensemble part"),
+    "mopo": (mopo, "The penalised return is a lower bound once u bounds the model's error"),
+    "bound": (bound, "COMBO's lower bound is tighter than CQL's while the model is good;\n"
+              "its penalty keeps the policy from falling far below the behaviour"),
 }  # fmt: skip

@@ -100,11 +100,7 @@ def q_pi(folder):
 
 def curve(folder):
     """The scores and the Q of a run at its evaluations, as plain data."""
-    returns = json.loads((Path(folder) / "returns.json").read_text("utf-8"))
-    run, q = (
-        collect(Path(folder), max(int(step) for step in returns if step.isdigit())),
-        q_pi(folder),
-    )
+    run, q = collect(Path(folder), stopped=True), q_pi(folder)
     level = behaviour(run)["data's mean"]
     return {
         "run": label(run),

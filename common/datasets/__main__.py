@@ -38,8 +38,8 @@ def facts(data) -> list[tuple[str, str]]:
         ("references", f"0 is {data.ref_min:g}, 100 is {data.ref_max:g}" if scored else "none"),
         ("scored on", data.env_id or "nothing; --env-id names an environment"),
         ("reward", spread(data.reward, "{:.3g}")),
-        (f"obs ({data.obs.shape[1]})", ranges(data.obs)),
-        (f"action ({data.action.shape[1]})", ranges(data.action)),
+        (width("obs", data.obs), ranges(data.obs)),
+        choices(data) if data.num_actions else (width("action", data.action), ranges(data.action)),
         ("file", f"{origin['file']} ({origin['layout']} layout, {origin['source']})"),
         ("SHA-256", f"{origin['sha256']} ({known[origin['verified']]})"),
     ]
@@ -54,6 +54,18 @@ def spread(values, form):
     low, first, middle, third, high = map(form.format, np.percentile(values, [0, 25, 50, 75, 100]))
     mean, std = form.format(values.mean()), form.format(values.std())
     return f"{mean} +- {std}   min {low}, quartiles {first} | {middle} | {third}, max {high}"
+
+
+def choices(data):
+    """(title, shares of the discrete actions in words) of a Dataset."""
+    shares = np.bincount(data.action, minlength=data.num_actions) / len(data.action)
+    text = "  ".join(f"{i}: {share:.1%}" for i, share in enumerate(shares))
+    return f"action ({data.num_actions} discrete)", text
+
+
+def width(name, values):
+    """The title of values (N, D)."""
+    return f"{name} ({values.shape[1]})"
 
 
 def ranges(values):
@@ -89,10 +101,14 @@ def draw(data, path):
     if data.ref_min is not None:
         score = axes[0, 0].secondary_xaxis("top", functions=scales(data))
         score.set_xlabel("normalised score")
-    for i, column in enumerate(data.action.T):
-        axes[1, 1].hist(column, 60, range=(-1, 1), histtype="step", label=f"{i}")
-    axes[1, 1].set(xlabel="action, by dimension", ylabel="count")
-    if data.action.shape[1] <= 10:
+    if data.num_actions:
+        axes[1, 1].hist(data.action, np.arange(data.num_actions + 1) - 0.5, rwidth=0.8)
+        axes[1, 1].set(xlabel="action", ylabel="count")
+    else:
+        for i, column in enumerate(data.action.T):
+            axes[1, 1].hist(column, 60, range=(-1, 1), histtype="step", label=f"{i}")
+        axes[1, 1].set(xlabel="action, by dimension", ylabel="count")
+    if not data.num_actions and data.action.shape[1] <= 10:
         axes[1, 1].legend(ncols=2, loc="upper right")
     with plots.any_text():
         figure.savefig(path, dpi=120)

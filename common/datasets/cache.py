@@ -16,9 +16,9 @@ import numpy as np
 from common.datasets import arrow
 from common.experiment import files
 
-FORMAT = 4  # increased whenever the arrays read from a file change
+FORMAT = 5  # increased whenever the arrays read from a file change
 ARRAYS = ("obs", "action", "reward", "next_obs", "done", "start", "length")
-ABOUT = ("file", "layout", "ordered", "sha256", "verified", "notes", "timeouts")
+ABOUT = ("file", "layout", "ordered", "sha256", "verified", "notes", "timeouts", "obs")
 
 
 def place(source, env):
@@ -33,7 +33,8 @@ def place(source, env):
     # an edit can keep size and mtime, but not ctime
     stats = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in stats]
     what = source._replace(path=str(source.path.resolve()))
-    how = FORMAT, env.obs_dim, env.low.tolist(), env.high.tolist(), env.limit, env.clip, stats
+    bounds = env.low.tolist(), env.high.tolist(), env.num_actions
+    how = FORMAT, env.obs_dim, *bounds, env.limit, env.clip, stats
     folder, stamp = (hashlib.sha256(repr(x).encode()).hexdigest()[:16] for x in (what, how))
     with suppress(OSError):
         return files.cache_folder() / folder / stamp

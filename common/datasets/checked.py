@@ -22,6 +22,8 @@ MAGIC = b"\x89HDF\r\n\x1a\n"  # first bytes of an HDF5 file
 MEMORY = 16 * 2**30  # bytes that the arrays of one file may take
 COPIES = 4  # of these arrays exist while episodes are made
 DEFLATE = 1100  # the best compression ratio of gzip, about
+MOST_ACTIONS = 1024  # discrete ones
+IMAGE = 4096  # numbers in an image that is read as a vector, at most
 REMEDY = "Encode them as columns (N, D) and call datasets.from_arrays"
 
 
@@ -34,7 +36,7 @@ class CheckedFile:
 
     def __init__(self, path: Path):
         self.path, self.left = path, min(MEMORY, runtime.free_memory() // COPIES)
-        self.notes, self.ordered = [], True
+        self.notes, self.ordered, self.parts = [], True, ""
         try:
             self.bytes = path.stat().st_size
             check_magic(path, self.bytes)
@@ -96,6 +98,8 @@ class CheckedFile:
             raise self.refusal(field, f"holds {kind} values, not numbers")
         if ndim == 1 and shape is not None and len(shape) == 2 and shape[1] == 1:
             return True
+        if ndim > 2 and shape is not None and math.prod(shape[1:]) > IMAGE:
+            raise self.refusal(field, wrong_shape(shape, kind, 2))
         if shape is None or len(shape) != ndim or 0 in shape[1:]:
             raise self.refusal(field, wrong_shape(shape, kind, ndim))
         return False
@@ -149,7 +153,8 @@ class CheckedFile:
         """Observations (N, D). A dict of a goal environment gives `observation` and `desired_goal`.
 
         If `observation` lacks the position, as in AntMaze, `achieved_goal` comes first. Another
-        dict gives its vectors in the order of their names.
+        dict gives its vectors in the order of their names. A small image gives its numbers in the
+        order of its axes. `parts` says in words what was done.
         """
         group = self.item(field)
         try:
@@ -157,12 +162,18 @@ class CheckedFile:
         except Exception as error:
             raise self.refusal(field, f"cannot be listed: {error}") from None
         if names is None:
-            values = self.array(field, 2)
+            shape = getattr(group, "shape", None) or ()
+            values = self.array(field, max(len(shape), 2))
+            if values.ndim > 2:
+                self.parts = f"{' x '.join(map(str, shape[1:]))} numbers in the order of their axes"
+                values = values.reshape(len(values), -1)
         else:
             parts = {name: self.array(f"{field}/{name}", 2) for name in names}
             if len(set(map(len, parts.values()))) != 1:
                 raise self.refusal(field, "its parts differ in length, or there are none")
-            values = join_parts(parts)
+            names = order(parts)
+            self.parts = ", then ".join(names)
+            values = np.concatenate([parts[name] for name in names], 1)
         if (values.shape[1], env.obs_dim) == (111, 27) and not values[:, 27:].any():
             values = values[:, :27]  # D4RL's Ant has contact forces, all zero; v4 has none
         if env.obs_dim and values.shape[1] != env.obs_dim:
@@ -172,7 +183,14 @@ class CheckedFile:
         return values
 
     def actions(self, field, env):
-        """Actions (N, A) within the environment's bounds up to rounding."""
+        """Actions (N, A) within the environment's bounds up to rounding, or discrete ones (N,).
+
+        Without an environment, whole numbers (N,) are discrete actions.
+        """
+        kind, shape = (getattr(self.item(field), name, None) for name in ("dtype", "shape"))
+        is_list = shape is not None and len(shape) == 1 and kind.kind in "iub"
+        if env.num_actions or (is_list and not env.env_id):
+            return self.choices(field, env)
         values = self.array(field, 2)
         if env.env_id and values.shape[1:] != env.low.shape:
             raise self.refusal(
@@ -192,6 +210,17 @@ class CheckedFile:
             )
         return values
 
+    def choices(self, field, env):
+        """Discrete actions (N,) int32, from 0 to one less than their number."""
+        values = self.array(field, 1)
+        count = env.num_actions or min(int(values.max(initial=0)) + 1, MOST_ACTIONS)
+        wrong = np.flatnonzero((values != np.floor(values)) | (values < 0) | (values >= count))
+        if wrong.size:
+            where = f" of {env.env_id}" if env.env_id else ""
+            why = f"is not one of the actions 0 to {count - 1}{where}"
+            raise self.refusal(field, f"row {wrong[0]}: {values[wrong[0]]:g} {why}")
+        return values.astype(np.int32)
+
     def warn(self, notes, ordered=True):
         """Keeps notes for the user, and whether the rows are in the order of their recording."""
         self.notes += notes
@@ -204,13 +233,16 @@ class CheckedFile:
             raise DatasetError(f"{self.path}: numbers of rows differ: {rows}")
 
 
-def join_parts(parts):
-    """One array (N, D) of a dict of observations. parts: {name: (N, d)} in the order of names."""
+def order(parts):
+    """The names of a dict of observations that make one array, in their order.
+
+    parts: {name: (N, d)} in the order of names.
+    """
     if parts.keys() == {"achieved_goal", "observation", "desired_goal"}:
-        place, goal, seen = parts.values()
+        place, _, seen = parts.values()
         located = np.array_equal(seen[:, : place.shape[1]], place)
-        return np.concatenate([seen, goal] if located else [place, seen, goal], 1)
-    return np.concatenate(list(parts.values()), 1)
+        return ["achieved_goal"] * (not located) + ["observation", "desired_goal"]
+    return list(parts)
 
 
 def check_magic(path, size):
@@ -227,8 +259,9 @@ def check_magic(path, size):
 def wrong_shape(shape, dtype, ndim):
     """The message for an array that does not have `ndim` axes."""
     if ndim == 2 and shape is not None and len(shape) == 1 and dtype.kind in "iub":
-        why = "discrete actions or states, but the algorithms here take vectors"
+        why = "discrete values where vectors are needed"
         return f"has shape {shape} and whole numbers: {why}. {REMEDY}, one column a value"
     if ndim == 2 and shape is not None and len(shape) > 2:
-        return f"has shape {shape}: images, but the algorithms here take vectors. {REMEDY}"
+        why = f"images of more than {IMAGE:,} numbers, but the algorithms here take vectors"
+        return f"has shape {shape}: {why}. {REMEDY}"
     return f"has shape {shape}, needs {ndim} axes"

@@ -18,7 +18,7 @@ class Batch(NamedTuple):
     """
 
     obs: np.ndarray  # (N, D)
-    action: np.ndarray  # (N, A) in [-1, 1]
+    action: np.ndarray  # (N, A) in [-1, 1]; of A discrete actions the taken one is 1, others 0
     reward: np.ndarray  # (N,)
     next_obs: np.ndarray  # (N, D), never of another episode
     done: np.ndarray  # (N,) 1 at true terminals, 0 at time limits
@@ -28,7 +28,7 @@ class Steps(NamedTuple):
     """N rows in order, for sequence models; see `windows`."""
 
     obs: np.ndarray  # (N, D)
-    action: np.ndarray  # (N, A) in [-1, 1]
+    action: np.ndarray  # (N, A) as in Batch
     reward: np.ndarray  # (N,)
     done: np.ndarray  # (N,) 1 at true terminals, 0 at time limits
     time: np.ndarray  # (N,) int32, steps since the start of the episode
@@ -58,7 +58,7 @@ class Dataset:
     name: str  # as given to `load`
     env_id: str  # Gymnasium id to score on; "" if the dataset cannot be scored
     obs: np.ndarray  # this and the next four as in Batch
-    action: np.ndarray
+    action: np.ndarray  # discrete ones: (N,) int32, from 0 to num_actions - 1
     reward: np.ndarray
     next_obs: np.ndarray
     done: np.ndarray
@@ -67,6 +67,7 @@ class Dataset:
     ref_min: float | None  # undiscounted return with score 0; None: no reference, no score
     ref_max: float | None  # undiscounted return with score 100
     provenance: dict  # JSON-able; `verified`: whether the hash is the known one, None if unknown
+    num_actions: int = 0  # how many discrete actions there are; 0: actions are vectors
 
     def reward_scale(self) -> np.float32:
         """1000 / (best - worst episode return), as the authors of IQL scale rewards.
@@ -87,7 +88,13 @@ class Dataset:
     def transitions(self, scale_reward=False) -> Batch:
         """All rows. scale_reward: multiply rewards by `reward_scale`."""
         reward = self.reward * self.reward_scale() if scale_reward else self.reward
-        return Batch(self.obs, self.action, reward, self.next_obs, self.done)
+        return Batch(self.obs, self._vectors(), reward, self.next_obs, self.done)
+
+    def _vectors(self):
+        """Actions (N, A) as in Batch."""
+        if not self.num_actions:
+            return self.action
+        return np.eye(self.num_actions, dtype=np.float32)[self.action]
 
     def steps(self, gamma=1.0, at_end=0.0) -> Steps:
         """All rows. at_end: added to the reward of true terminals, in `returns_to_go` only."""
@@ -98,7 +105,7 @@ class Dataset:
         start, length = (np.repeat(x, self.length) for x in (self.start, self.length))
         time, end = np.arange(len(start)) - start, start + length
         return Steps(
-            self.obs, self.action, self.reward, self.done,
+            self.obs, self._vectors(), self.reward, self.done,
             time.astype(np.int32), end.astype(np.int32), returns_to_go.astype(np.float32),
         )  # fmt: skip
 

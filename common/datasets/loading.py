@@ -51,7 +51,8 @@ def from_arrays(
 
     Rows are in the order of recording, one episode after another.
 
-    obs: (N, D). action: (N, A) within the bounds of `env_id`, or in [-1, 1] without an env_id.
+    obs: (N, D). action: (N, A) within the bounds of `env_id`, or in [-1, 1] without an env_id;
+    discrete actions: (N,) whole numbers from 0.
     reward: (N,). done: (N,), 1 at true terminals. timeout: (N,), 1 at time limits. next_obs:
     (N, D). Without timeout and next_obs, episodes are cut at the time limit of `env_id`.
     env_id: Gymnasium id to score on. name: used for run folders. Raises DatasetError.
@@ -97,6 +98,7 @@ def join(parts: list[Dataset]) -> Dataset:
         "verified": False if False in known else None if None in known else True,
         "notes": [f"{x.name}: {note}" for x in parts for note in x.provenance["notes"]],
         "timeouts": sum(its["timeouts"] for its in about),
+        "obs": about[0]["obs"],
         "metadata": {},
         "parts": [{"name": part.name, **part.provenance} for part in parts],
     }
@@ -104,17 +106,19 @@ def join(parts: list[Dataset]) -> Dataset:
         facts["notes"].append("no environment is known: nothing shows that the data share one")
         print(printable(f"{joined}: {facts['notes'][-1]}"), file=sys.stderr)
     refs = first.ref_min, first.ref_max
-    return Dataset(joined, first.env_id, *arrays.values(), *refs, about[0] | facts)
+    count = first.num_actions
+    return Dataset(joined, first.env_id, *arrays.values(), *refs, about[0] | facts, count)
 
 
 def _kind(data):
     """{what joined datasets share, in words: its value}."""
     shape, about = data.action.shape[1:], data.provenance
+    shape = shape or (1,)
     bounds = [np.broadcast_to(about[f"action_{end}"], shape).tolist() for end in ("low", "high")]
     return {
         "environments": data.env_id or "none",
         "observations": data.obs.shape[1],
-        "actions": shape[0],
+        "actions": f"{data.num_actions} discrete" if data.num_actions else shape[0],
         "references": (data.ref_min, data.ref_max),
         "action bounds": bounds,
     }
@@ -134,7 +138,10 @@ def _dataset(name, arrays, facts, source, origin, metadata, env, bounds, notes):
         "is_drawn": env.is_drawn,
     }
     ref = reference(source, metadata, env.env_id)
-    return Dataset(name, env.env_id, *arrays.values(), *ref, provenance)
+    count = 0
+    if arrays["action"].ndim == 1:
+        count = env.num_actions or int(arrays["action"].max()) + 1
+    return Dataset(name, env.env_id, *arrays.values(), *ref, provenance, count)
 
 
 def read(file, source, env=None):
@@ -165,7 +172,7 @@ def read(file, source, env=None):
     return arrays, {
         "file": str(source.path), "layout": source.layout, "ordered": file.ordered,
         "sha256": sha256, "verified": verified, "notes": notes,
-        "timeouts": int((rows.end & ~rows.terminal).sum()),
+        "timeouts": int((rows.end & ~rows.terminal).sum()), "obs": file.parts,
     }  # fmt: skip
 
 
@@ -182,15 +189,18 @@ def reference(source, metadata, env_id):
 def flatten(rows: readers.Rows, env):
     """({name: array} of cache.ARRAYS, number of rows left out).
 
-    Left out are rows with an unknown next_obs, except terminal ones. Actions are scaled from the
-    environment's bounds to [-1, 1].
+    Left out are rows with an unknown next_obs, except terminal ones. Actions that are vectors are
+    scaled from the environment's bounds to [-1, 1].
     """
     keep = rows.known | rows.terminal
     episode = np.cumsum(np.r_[0, rows.end[:-1]])[keep]
     _, start, length = np.unique(episode, return_index=True, return_counts=True)
-    middle, half = (env.high + env.low) / 2, (env.high - env.low) / 2  # mostly 0 and 1: exact
-    action = np.clip((rows.action - middle) / half, -1, 1)
-    columns = rows.obs, action, rows.reward, rows.next_obs, rows.terminal
+    action = rows.action
+    if action.ndim == 2:
+        middle, half = (env.high + env.low) / 2, (env.high - env.low) / 2  # mostly 0, 1: exact
+        action = np.clip((action - middle) / half, -1, 1).astype(np.float32)
+    columns = rows.obs, rows.reward, rows.next_obs, rows.terminal
     columns = [np.ascontiguousarray(column[keep], np.float32) for column in columns]
+    columns.insert(1, np.ascontiguousarray(action[keep]))
     arrays = *columns, start.astype(np.int64), length.astype(np.int64)
     return dict(zip(cache.ARRAYS, arrays, strict=True)), int((~keep).sum())

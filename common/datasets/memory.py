@@ -21,6 +21,7 @@ class Arrays(CheckedFile):
 
     def __init__(self, name, fields):
         self.path, self.notes, self.ordered, self._arrays = name, [], True, {}
+        self.parts = ""
         for stored, argument in FIELDS.items():
             if fields.get(argument) is not None:
                 try:

@@ -16,7 +16,7 @@ class Rows(NamedTuple):
     """N rows of a file."""
 
     obs: np.ndarray  # (N, D) float32
-    action: np.ndarray  # (N, A) float32, within the environment's bounds up to rounding
+    action: np.ndarray  # (N, A) float32, within the bounds up to rounding; discrete: (N,) int32
     reward: np.ndarray  # (N,) float32
     next_obs: np.ndarray  # (N, D) float32
     terminal: np.ndarray  # (N,) bool
@@ -111,7 +111,7 @@ def read_minari(file: CheckedFile, env: Env) -> Rows:
             ("observations", obs, first.obs),
             ("actions", action, first.action),
         ):
-            if ours.shape[1] != theirs.shape[1]:
+            if ours.shape[1:] != theirs.shape[1:]:
                 why = f"{ours.shape[1]} columns, not {theirs.shape[1]} as in the first episode"
                 raise file.refusal(f"{name}/{field}", why)
     return Rows(*(np.concatenate(arrays) for arrays in zip(*episodes, strict=True)))

@@ -5,11 +5,12 @@ time limit, the bounds of its actions. No code in the metadata is run or importe
 """
 
 import json
+import math
 
 import numpy as np
 
 from common import evaluation
-from common.datasets.checked import DatasetError
+from common.datasets.checked import MOST_ACTIONS, DatasetError
 
 HARMLESS = {  # wrappers that change neither observations nor actions nor rewards
     "RecordEpisodeStatistics", "RecordVideo", "RenderCollection", "HumanRendering",
@@ -49,6 +50,8 @@ def environment(source, metadata):
         env = evaluation.Env()
     elif " " in env.env_id and not asked:
         notes.append(f"is scored on {env.env_id}, as its metadata say")
+    if not env.env_id:
+        env = env._replace(num_actions=num_actions(metadata))
     bounds = env.low, env.high
     if low is not None and (rescaled or not env.env_id):
         env = env._replace(low=low, high=high)
@@ -97,13 +100,26 @@ def action_bounds(metadata):
     return (low, high) if good and (low < high).all() else (None, None)
 
 
+def num_actions(metadata):
+    """The number of discrete actions in the metadata's action_space; 0: it has others."""
+    space = spec_of(metadata.get("action_space"))
+    count = space.get("n") if space.get("type") == "Discrete" else 0
+    good = type(count) is int and 0 < count <= MOST_ACTIONS and space.get("start", 0) == 0
+    return count if good else 0
+
+
 def differs(env, metadata, low, wrapped):
     """Why `env` is not the environment that the metadata describe; "" if it is."""
     shape = spec_of(metadata.get("observation_space")).get("shape")
-    if isinstance(shape, list) and shape != [env.obs_dim]:
+    if isinstance(shape, list) and math.prod(shape) != env.obs_dim:
         return f"its observations have shape {shape}, those of {env.env_id} [{env.obs_dim}]"
     _, high = action_bounds(metadata)
-    if low is None or wrapped:
+    if metadata.get("action_space") and (count := num_actions(metadata)) != env.num_actions:
+        ours, theirs = (
+            f"{n} discrete actions" if n else "vectors" for n in (count, env.num_actions)
+        )
+        return f"its actions are {ours}, those of {env.env_id} {theirs}"
+    if low is None or wrapped or env.num_actions:
         return ""
     if low.shape != env.low.shape or not np.allclose([low, high], [env.low, env.high]):
         theirs = f"{env.env_id} from {env.low.min():g} to {env.high.max():g}"

@@ -46,14 +46,18 @@ def main(
     info, _ = experiment.read(run)
     (_, obs_dim, action_dim), data = info["dims"], info["dataset"]
     own, env_id = data["env_id"], env_id or data["env_id"]
+    discrete = bool(data.get("num_actions"))
     if not env_id:
         how = "--env-id names one, --episodes a number of episodes"
         raise evaluation.EvaluationError(f"{run} has no environment to score on: {how}.")
     evaluation.choose_seed(run, cfg, seed, "--seed")
     env = evaluation.inspect(env_id)
-    if (env.obs_dim, len(env.low)) != (obs_dim, action_dim):
-        sizes = f"{env.obs_dim} observations and {len(env.low)} actions"
+    count = env.num_actions or len(env.low)
+    if (env.obs_dim, count, env.num_actions > 0) != (obs_dim, action_dim, discrete):
+        sizes = f"{env.obs_dim} observations and {count} actions"
+        sizes += " (discrete)" if env.num_actions else ""
         why = f"{env_id} has {sizes}, the run {obs_dim} and {action_dim}"
+        why += " (discrete)" if discrete else ""
         raise evaluation.EvaluationError(f"{run} cannot be scored: {why}.")
     if export:
         one = jax.tree.map(lambda x: x[seed], state)

@@ -20,8 +20,16 @@ import numpy as np
 
 from common import experiment
 from common.evaluation.options import join, spec, split
+from common.evaluation.wrappers import (
+    Choice,
+    FlatDict,
+    FlatMaze,
+    is_choice,
+    is_dict_of_vectors,
+    is_small_image,
+    is_vector,
+)
 
-GOAL_NAMES = ("achieved_goal", "observation", "desired_goal")  # in the order of a flat vector
 GOALS = {"UMaze": (1, 1), "Medium": (6, 6), "Large": (7, 9)}  # (row, column)
 
 
@@ -39,14 +47,18 @@ class Env(NamedTuple):
     limit: int = 0  # time limit of an episode in steps; 0: unknown
     clip: bool = False  # data may hold actions beyond the bounds, which the environment clips
     is_drawn: bool = False  # whether it can render frames
+    num_actions: int = 0  # how many discrete actions there are; 0: actions are vectors
 
 
 def make(env_id, **kwargs):
     """A Gymnasium environment that takes actions in [-1, 1], whatever its own bounds are.
 
+    Of A discrete actions it takes the one with the largest entry of a vector (A,). Small images
+    become vectors.
+
     env_id: an id, with options or without, see options.py. kwargs: of gymnasium.make. Raises
-    EvaluationError for an id that Gymnasium cannot make, for observations or actions that are not
-    vectors, and for an environment without a time limit.
+    EvaluationError for an id that Gymnasium cannot make, for observations or actions of other
+    kinds, and for an environment without a time limit.
     """
     env = make_raw(env_id, **kwargs)
     action, limit = env.action_space, env.spec.max_episode_steps
@@ -85,6 +97,9 @@ def inspect(env_id) -> Env:
         raise EvaluationError(f"{env_id} cannot be used: {one_line(error)}") from None
     limit, action = env.spec.max_episode_steps, raw.action_space
     is_drawn = "rgb_array" in (env.metadata or {}).get("render_modes", ())
+    if isinstance(action, gymnasium.spaces.Discrete):
+        count = int(action.n)
+        return Env(env_id, size[0], limit=limit, is_drawn=is_drawn, num_actions=count)
     return Env(env_id, size[0], action.low, action.high, limit, is_drawn=is_drawn)
 
 
@@ -112,61 +127,6 @@ def goal_cell(env_id):
     return GOALS.get(size.removesuffix("Dense")) if kind == "PointMaze" else None
 
 
-class FlatDict(gymnasium.Wrapper):
-    """An environment whose dict observations become vectors: their parts in the order of names.
-
-    A goal environment has (position, observation, goal); the position, `achieved_goal`, is left out
-    if `observation` begins with it.
-    """
-
-    def __init__(self, env):
-        super().__init__(env)
-        obs, _ = env.reset(seed=0)
-        self._names = sorted(obs)
-        if has_goal(env.observation_space):
-            place, seen = obs["achieved_goal"], obs["observation"]
-            located = np.array_equal(seen[: len(place)], place)
-            self._names = ("observation", "desired_goal") if located else GOAL_NAMES
-        size = sum(len(obs[name]) for name in self._names)
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (size,))
-
-    def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
-        return self._flat(obs), info
-
-    def step(self, action):
-        obs, *rest = self.env.step(action)
-        return self._flat(obs), *rest
-
-    def _flat(self, obs):
-        return np.concatenate([obs[name] for name in self._names], dtype=np.float32)
-
-
-class FlatMaze(gymnasium.Wrapper):
-    """PointMaze with flat observations and a goal in the middle of the cell `goal`, if not None."""
-
-    def __init__(self, env, goal):
-        super().__init__(env)
-        self._goal = goal
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (6,))
-
-    def reset(self, *, seed=None, options=None):
-        maze = self.unwrapped
-        cell = None if self._goal is None else np.array(self._goal)
-        obs, info = self.env.reset(seed=seed, options={"goal_cell": cell, **(options or {})})
-        if cell is not None:  # without the noise that the environment adds
-            maze.goal = maze.maze.cell_rowcol_to_xy(cell)
-            maze.update_target_site_pos()
-        return self._flat(obs), info
-
-    def step(self, action):
-        obs, *rest = self.env.step(action)
-        return self._flat(obs), *rest
-
-    def _flat(self, obs):
-        return np.float32([*obs["observation"], *self.unwrapped.goal])
-
-
 def make_raw(env_id, **kwargs):
     """An environment with its own action bounds and flat observations. Raises EvaluationError."""
     import mujoco  # here, because --video must choose the renderer first
@@ -189,31 +149,21 @@ def make_raw(env_id, **kwargs):
             env = FlatMaze(env, None if "maze_map" in options else goal_cell(name))
         elif is_dict_of_vectors(env.observation_space):
             env = FlatDict(env)
+        elif is_small_image(env.observation_space):
+            env = gymnasium.wrappers.FlattenObservation(env)
+        if is_choice(env.action_space):
+            env = Choice(env)
     except Exception as error:  # an environment's constructor may raise anything
         raise EvaluationError(f"{env_id} cannot be made: {one_line(error)}") from error
     obs, action = env.observation_space, env.action_space
     if not (is_vector(obs) and is_vector(action)):
         raise EvaluationError(
-            f"{env_id}: observations and actions must be vectors, not {obs} and {action}"
+            f"{env_id}: observations must be vectors and actions vectors or discrete, "
+            f"not {obs} and {action}"
         )
     if not np.isfinite([action.low, action.high]).all():
         raise EvaluationError(f"{env_id}: actions must have bounds, not {action}")
     return env
-
-
-def is_vector(space):
-    """Whether a space holds vectors."""
-    return isinstance(space, gymnasium.spaces.Box) and len(space.shape) == 1
-
-
-def is_dict_of_vectors(space):
-    """Whether a space holds dicts of vectors."""
-    return isinstance(space, gymnasium.spaces.Dict) and all(map(is_vector, space.values()))
-
-
-def has_goal(space):
-    """Whether an observation space is a goal environment's dict of three vectors."""
-    return is_dict_of_vectors(space) and set(space) == set(GOAL_NAMES)
 
 
 def register(name):

@@ -20,7 +20,7 @@ README = """A Stillwater policy, exported by jax.export. Load it without Stillwa
     action, *memory = later.call(*memory, obs, reward, seed)   # at each later one
 
 obs (1, D) float32; reward (1,) float32, of the last step, 0 at first; seed uint32, another one at
-each step; action (1, A) float32 in [-1, 1].
+each step; action (1, A) float32 in [-1, 1]; of A discrete actions the one with the largest entry.
 """
 
 

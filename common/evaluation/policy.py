@@ -25,14 +25,15 @@ def stateless(act):
 class Policy:
     """The policy of one seed; keeps its memory, if it has any, between the steps of an episode."""
 
-    def __init__(self, act, state, obs_dim=None, bounds=None):
+    def __init__(self, act, state, obs_dim=None, bounds=None, discrete=False):
         """act: (state, carry, obs, reward, key) -> (action, carry), see an algorithm's `policy`.
 
         obs_dim: D, to check observations; None: no check. bounds: (low, high) of the returned
-        actions, each (A,) or (1,); None: -1 and 1.
+        actions, each (A,) or (1,); None: -1 and 1. discrete: the action is the number of the
+        largest entry.
         """
         self._act, self._state, self._dim = jax.jit(act), state, obs_dim
-        self._bounds = bounds
+        self._bounds, self._discrete = bounds, discrete
         self.reset()
 
     def reset(self):
@@ -41,6 +42,8 @@ class Policy:
 
     def __call__(self, obs, reward=0.0):
         """Action (A,) or (E, A) within the bounds, a NumPy array, for obs (D,) or (E, D).
+
+        Discrete actions are whole numbers, of shape () or (E,).
 
         reward: of the last step, a number or (E,); only policies with memory use it. Raises
         ValueError for an obs of another shape.
@@ -54,6 +57,8 @@ class Policy:
         self._key, key = jax.random.split(self._key)
         action, self._carry = self._act(self._state, self._carry, rows, reward, key)
         action = np.asarray(action.clip(-1, 1)).reshape(*shape[:-1], -1)
+        if self._discrete:
+            return action.argmax(-1)
         if self._bounds is None:
             return action
         low, high = self._bounds
@@ -92,17 +97,18 @@ def load_policy(run, seed_index=0, units="unit"):
 
     run: the run folder. seed_index: counted from 0, whatever the run's first seed is. units: "unit"
     for actions in [-1, 1]; "environment" for actions within the environment's own bounds, or the
-    data's if there is no environment. Raises RunError as `load` does, and EvaluationError for a
-    seed that the run does not have.
+    data's if there is no environment. Discrete actions are whole numbers in either case. Raises
+    RunError as `load` does, and EvaluationError for a seed that the run does not have.
     """
     if units not in ("unit", "environment"):
         raise ValueError(f'units {units!r}: must be "unit" or "environment".')
     module, cfg, state = load(run)
     choose_seed(run, cfg, seed_index, "seed_index")
     info, _ = experiment.read(Path(os.path.expanduser(run)).resolve())
-    bounds = action_bounds(info) if units == "environment" else None
+    discrete = bool(info["dataset"].get("num_actions"))
+    bounds = action_bounds(info) if units == "environment" and not discrete else None
     state = jax.tree.map(lambda x: x[seed_index], state)
-    return Policy(module.policy(cfg), state, info["dims"][1], bounds)
+    return Policy(module.policy(cfg), state, info["dims"][1], bounds, discrete)
 
 
 def action_bounds(info):

@@ -176,6 +176,11 @@ def _check(name, value, rule, good):
 
 def _agree(cfg, dataset):
     """Raises RunError if a config contradicts its Dataset."""
+    kind, name = "discrete" if dataset.num_actions else "continuous", folders.algorithm(cfg)
+    if kind not in folders.takes(cfg):
+        files = folders.files_for(kind, name)
+        use = f"use {' or '.join(files[:3])}" if files else "use another file"
+        raise RunError(f"{name}.py does not take the {kind} actions of {dataset.name}: {use}.")
     if cfg.eval_episodes and not dataset.env_id:
         how = "name one with --env-id, or train unscored with --eval-episodes 0"
         raise RunError(f"{dataset.name} has no environment to score on: {how}.")

@@ -30,6 +30,25 @@ def script(cfg):
     return Path(inspect.getfile(type(cfg))).resolve()
 
 
+def takes(cfg):
+    """The kinds of actions that the algorithm's file takes: its ACTIONS, else continuous ones."""
+    return getattr(sys.modules[type(cfg).__module__], "ACTIONS", ("continuous",))
+
+
+def files_for(kind, name):
+    """Names of the files in algorithms/ that take this kind of actions; namesakes of `name` first.
+
+    They are read, not run.
+    """
+    found = {}
+    for path in sorted((PROJECT / "algorithms").glob("*.py")):
+        told = re.search(r"^ACTIONS = (.*)$", path.read_text("utf-8"), re.MULTILINE)
+        found[path.name] = kind in told[1] if told else kind == "continuous"
+    own = set(name.split("_"))
+    names = [x for x, taken in found.items() if taken]
+    return sorted(names, key=lambda x: -len(own & set(x.removesuffix(".py").split("_"))))
+
+
 def is_beside_common(cfg):
     """Whether the algorithm's file is a copy beside common/ instead of in algorithms/."""
     return script(cfg).parent == PROJECT
@@ -37,7 +56,7 @@ def is_beside_common(cfg):
 
 def dims(dataset):
     """[N rows, D, A] of a Dataset."""
-    return [*dataset.obs.shape, dataset.action.shape[1]]
+    return [*dataset.obs.shape, dataset.num_actions or dataset.action.shape[1]]
 
 
 def checksums(dataset):
@@ -73,7 +92,7 @@ def create(cfg, dataset, facts):
             break
     about = {"name": dataset.name, "env_id": dataset.env_id, **dataset.provenance}
     about |= {"ref_min_score": dataset.ref_min, "ref_max_score": dataset.ref_max}
-    about |= {"crc32": checksums(dataset)}
+    about |= {"crc32": checksums(dataset), "num_actions": dataset.num_actions}
     about |= {"mean_return": float(returns.mean()), "best_return": float(returns.max())}
     info = {"algorithm": algorithm(cfg), "config": vars(cfg), "dataset": about, **facts}
     info |= {"command": sys.argv, "dims": dims(dataset), "beside_common": is_beside_common(cfg)}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run
 from float64 import assert_first_adam_step, f64, gradient, mlp, random_batch, scramble, shifted
 
 from common import datasets, evaluation
@@ -267,3 +268,71 @@ def test_gaussian_head_learns_mean_and_spread():
     pi = state.actor.apply_fn(state.actor.params, bc.normalise(state, batch.obs))
     np.testing.assert_allclose(pi.mode(), np.full((200, 1), 0.2), atol=0.06)
     np.testing.assert_allclose(pi.stddev(), np.full((200, 1), 0.4), atol=0.03)
+
+
+# --- Discrete actions ---
+
+CHOICES = replace(CFG, head="categorical")
+
+
+def chosen(batch):
+    """Discrete actions in place of vectors: the largest entry's."""
+    return batch._replace(action=jax.nn.one_hot(batch.action.argmax(-1), batch.action.shape[-1]))
+
+
+def test_a_categorical_step_is_that_of_the_likelihood(batch):
+    batch = chosen(random_batch(B, action_dim=3, seed=1))
+    fresh = INIT(KEY, batch, CHOICES)
+    state = fresh.replace(actor=fresh.actor.replace(params=scramble(fresh.actor.params, 0)))
+    new, info = jax.jit(partial(bc.update, cfg=CHOICES))(state, batch, KEY)
+    b, params = f64(batch), f64(state.actor.params)
+
+    def loss(params):
+        logits = mlp(params["params"]["MLP_0"], b.obs)
+        log_pi = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        return -np.mean(log_pi[np.arange(B), b.action.argmax(1)])
+
+    np.testing.assert_allclose(info["actor_loss"], loss(params), rtol=2e-5)
+    assert_first_adam_step(state.actor, new.actor, gradient(loss, params), CFG.lr)
+    logits = mlp(params["params"]["MLP_0"], b.obs)  # of observations that are not normalised
+    same = state.replace(obs_mean=jnp.zeros(3), obs_std=jnp.ones(3))
+    np.testing.assert_array_equal(bc.act(same, batch.obs), np.eye(3)[logits.argmax(1)])
+
+
+def test_the_likeliest_action_is_that_of_most_rows():
+    """Two of three rows take action 1 where the first observation is positive, else action 0."""
+    rng = np.random.default_rng(0)
+    obs = rng.choice([-1.0, 1.0], (300, 3))
+    action = np.where(np.arange(300) % 3 == 0, 2, obs[:, 0] > 0)
+    data = Batch(obs, np.eye(3)[action], np.zeros(300), obs, np.ones(300))
+    data = jax.tree.map(jnp.float32, data)
+    state = INIT(KEY, data, CHOICES)
+    for step in range(CFG.log_every, 501, CFG.log_every):
+        state, _ = CHUNK(state, data, KEY, step, CHOICES)
+    np.testing.assert_array_equal(bc.act(state, data.obs).argmax(1), obs[:, 0] > 0)
+
+
+@pytest.mark.parametrize(
+    ("head", "action", "message"),
+    [
+        ("deterministic", [0, 1], "--head deterministic: .*discrete actions.*: use it"),
+        ("gaussian", [0, 1], "--head gaussian: .*discrete actions"),
+        ("categorical", [[0.0], [1.0]], "--head categorical: .*continuous actions.*another one"),
+    ],
+)
+def test_a_head_for_other_actions_is_refused(head, action, message, tmp_path):
+    data = datasets.from_arrays(np.zeros((2, 3)), action, [0, 0], [0, 1], [0, 0])
+    cfg = bc.Config(head=head, batch_size=1, eval_episodes=0, out=str(tmp_path))
+    with pytest.raises(SystemExit, match=message):
+        bc.train(cfg, data)
+    assert not list(tmp_path.iterdir())
+
+
+def test_discrete_actions_train_by_the_command(tmp_path, monkeypatch):
+    """On the bundled CartPole, scored in the environment."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = "--env stillwater/cartpole/replay-v0 --head categorical --num-updates 20 --widths 8"
+    words += " --eval-episodes 1 --batch-size 8"
+    code, out, err = run("bc", *words.split(), "--out", tmp_path)
+    assert code == 0, err
+    assert "Final score" in out

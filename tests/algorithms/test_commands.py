@@ -50,7 +50,7 @@ def trains(name, folder, where, home=None):
     words = "-m", "common.evaluation", run
     code, out, err = command(*words, cwd=ROOT, script=None, home=home)
     assert code == 0, err
-    assert out.count("1 episodes of Hopper-v5") == 2
+    assert out.count(f"1 episodes of {tiny.sizes(name)[0]}") == 2
     assert out.endswith("Bit for bit what training recorded.\n")
 
 

@@ -15,16 +15,16 @@ PAIRS = list(itertools.combinations(TRAINERS, 2))
 
 # An algorithm's idea: these may differ between any two files,
 IDEA = {"Config", "State", "init", "update", "check", "main", "train", "TUNED"}
-IDEA |= {"actor_loss", "critic_loss", "value_loss", "model_loss", "advantage"}
+IDEA |= {"ACTIONS", "actor_loss", "critic_loss", "value_loss", "model_loss", "advantage"}
 # and these, each text shared by the files between two bars: other kinds of policy and of data.
 # Files that are not named share one text: a new one is named only where it differs from them.
 VERSIONS = {
     "Actor": "awr | bear | brac | cal_ql combo cql edac mobile mopo sac | rebrac td3_bc | rlpd"
     " | rvs",
-    "Critic": "fql | rebrac | rlpd",
+    "Critic": "discrete_cql | fql | rebrac | rlpd",
     "act": "bcq bear | brac cal_ql combo cql edac mobile mopo rlpd sac | decision_diffuser"
-    " | diffuser | dt | fql | rebrac td3_bc | rvs",
-    "policy": "bcq bear | decision_diffuser diffuser | dt fql rvs",
+    " | diffuser | discrete_bcq | discrete_cql | dt | fql | rebrac td3_bc | rvs",
+    "policy": "bcq bear | decision_diffuser diffuser | discrete_bcq | dt fql rvs",
     "minibatch": "awr | decision_diffuser | diffuser | dt | rvs",
     "train_chunk": "awr | combo mobile mopo | decision_diffuser diffuser dt | rebrac td3_bc | rlpd"
     " | rvs",

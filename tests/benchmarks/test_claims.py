@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.studies import claims, claims_pictures
+from benchmarks.studies import claims, claims_models, claims_pictures
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -304,6 +304,49 @@ def edac_holds(found):
     assert np.max(earned["highest"]) < found["best"]
 
 
+def ensemble_holds(found):
+    """Both bands open where data end; MOPO's largest learned std hardly knows."""
+    at, gp = np.array(found["at"]), np.array(found["GP"]["std"])
+    (low, _), (_, high) = found["seen"]
+    seen, far = ((low < at) & (at < -0.3)) | ((at > 0.3) & (at < high)), np.abs(at) > 1.4
+    for name in ("GP", "ensemble"):  # both know the curve where they have seen it
+        error = np.subtract(found[name]["mean"], found["curve"])
+        assert np.abs(error[seen]).max() < 0.1 < np.abs(error[far]).max()
+    growth = {k: np.median(found[k], 0) for k in ("spread", "disagreement", "std")} | {"GP": gp}
+    growth = {k: np.median(u[far]) / np.median(u[seen]) for k, u in growth.items()}
+    assert min(growth["GP"], growth["spread"], growth["disagreement"]) > 10
+    assert 0.5 < growth["std"] < 4
+    assert gp[np.abs(at) < 0.05].min() > gp[seen].max()  # also in the gap between the data
+    truth, mean = np.array(found["curve"]), np.array(found["GP"]["mean"])
+    assert np.all(np.abs(truth - mean) < 3 * gp + 0.02)  # so that its band holds the truth
+
+
+def mopo_holds(found):
+    """Below the true return for every policy from the full u on; for some, not below it."""
+    share = np.array(found["shares"])
+    for name in ("error", "distance"):
+        above, excess, worse = (np.array(found[name][k]) for k in ("above", "excess", "worse"))
+        assert np.all(above[share >= 1] == 0) and np.all(excess[share >= 1] <= 0)
+        assert np.all(worse[share >= 1] == 0)
+        assert above[0] > 0.3 and worse[0] > 0.2  # with no penalty
+        assert np.all(np.diff(excess) < 0)
+    above, excess = (np.array(found["error"][k]) for k in ("above", "excess"))
+    assert np.all(above[share < 1] > 0) and np.all(excess[share < 1] > 0.1)
+
+
+def bound_holds(found):
+    """COMBO's bound is tighter than CQL's from a good model, looser from a bad one; no policy earns
+    less than its bound, and the penalty raises the lowest of a bad model's policies."""
+    combo, cql = np.array(found["COMBO"]["distance"]), found["CQL"]["distance"]
+    assert combo[0] < 0.5 * cql and combo[-1] > 1.2 * cql
+    assert np.all(np.diff(combo) > 0)
+    assert found["below the bound"] == 0
+    lowest, worse = np.array(found["gain"]["lowest"]), np.array(found["worse"])
+    assert np.all(lowest[-1, 1:] > lowest[-1, 0] + 0.3)
+    assert np.all(worse[-1, 1:] < worse[-1, 0] - 0.2)
+    assert found["gain"]["mean"][0][0] > 0.1  # from a good model it improves
+
+
 HOLDS = {"naive": naive_holds, "cql": cql_holds, "iql": iql_holds}
 HOLDS |= {"awac": awac_holds, "combo": combo_holds, "bc": bc_holds, "awr": awr_holds}
 HOLDS |= {
@@ -311,6 +354,9 @@ HOLDS |= {
     "behaviours": behaviours_holds,
     "brac": brac_holds,
     "edac": edac_holds,
+    "ensemble": ensemble_holds,
+    "mopo": mopo_holds,
+    "bound": bound_holds,
 }
 SHORT = {
     "naive": dict(updates=1200, every=400, seeds=1),
@@ -324,6 +370,9 @@ SHORT = {
     "behaviours": dict(updates=1500, seeds=1, shares=(0.0, 0.25, 0.75)),
     "brac": dict(updates=1500, seeds=1),
     "edac": dict(updates=3000, seeds=1),
+    "ensemble": dict(seeds=2),
+    "mopo": dict(worlds=30),
+    "bound": dict(worlds=100, errors=(0.0, 0.4, 1.0)),
 }
 
 
@@ -334,6 +383,56 @@ def test_claim_holds_in_the_stored_figures(name):
 
 def in_short(name, **slack):
     HOLDS[name](claims.plain(claims.CLAIMS[name](**SHORT[name])), **slack)
+
+
+@pytest.mark.parametrize("name", ["mopo", "bound"])
+def test_claim_by_enumeration_holds_in_short(name):
+    in_short(name)
+
+
+def test_occupancies_and_values_agree():
+    """E[r] under the occupancy is (1 - gamma) the value, for all policies at once as for one."""
+    (world,) = claims_models.random_worlds(1, seed=3)
+    pi = claims_models.deterministic()
+    assert len(pi) == 3**5 and np.all(pi.sum(-1) == 1) and len(np.unique(pi, axis=0)) == len(pi)
+    occupancy = claims_models.occupancy(world["T"], pi, world["mu"])
+    np.testing.assert_allclose(occupancy.sum((1, 2)), 1)
+    q = claims_models.q_values(world["T"], pi, world["r"])
+    value = claims_models.returns(q, pi, world["mu"])
+    np.testing.assert_allclose(np.sum(occupancy * world["r"], (1, 2)), 0.1 * value)
+    one = claims_models.q_values(world["T"], pi[7], world["r"])
+    np.testing.assert_allclose(one, q[7])
+    v = (pi[7] * one).sum(1)
+    np.testing.assert_allclose(one, world["r"] + 0.9 * world["T"] @ v)  # Bellman's equation
+
+
+def test_combos_fixed_point_is_its_equation():
+    """Q d_f = r d_f + gamma (f d T_seen + (1 - f) rho T_model) V - beta (rho - d)."""
+    (world,) = claims_models.random_worlds(1, seed=4)
+    pi, f, beta = claims_models.better(world), 0.3, 0.7
+    q, _ = claims_models.combo_q(world, pi, 0.5, beta, f)
+    model, v = (world["T"] + world["W"]) / 2, (pi * q).sum(1)
+    rho, d = claims_models.occupancy(model, pi, world["mu"]), world["d"]
+    targets = f * d * (world["seen"] @ v) + (1 - f) * rho * (model @ v)
+    d_f = f * d + (1 - f) * rho
+    np.testing.assert_allclose(q * d_f, world["r"] * d_f + 0.9 * targets - beta * (rho - d))
+
+
+def test_the_smallest_beta_is_the_smallest():
+    """Values above the truth by 1, 0.5 and -1, each lowered by 2 beta."""
+    free, per_beta = np.array([1.0, 0.5, -1.0]), np.full(3, -2.0)
+    beta, distance = claims_models.smallest(free, per_beta, 1.0)
+    np.testing.assert_allclose((beta, distance), (0.5, -np.mean(free - 1)))
+    assert claims_models.smallest(free, per_beta, 0.5)[0] == 0.25
+
+
+def test_a_gaussian_process_in_closed_form():
+    """One point y = 2 at 0: the mean there is 2 s^2 / (s^2 + noise^2), far away 0 and the std s."""
+    x, y = np.zeros(1), np.full(1, 2.0)
+    mean, std, _ = claims_models.gaussian_process(x, y, np.array([0.0, 50.0]))
+    scale, noise = std[1], claims_models.NOISE
+    np.testing.assert_allclose(mean, [2 * scale**2 / (scale**2 + noise**2), 0], atol=1e-9)
+    np.testing.assert_allclose(std[0], scale * noise / np.hypot(scale, noise), rtol=1e-6)
 
 
 def test_what_the_two_ways_from_a_earned():
@@ -353,7 +452,7 @@ def test_claim_holds_in_short(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(  # in smaller worlds: the tests of these files
-    "name", ["naive", "cql", "combo", "support", "behaviours", "brac", "edac"]
+    "name", ["naive", "cql", "combo", "support", "behaviours", "brac", "edac", "ensemble"]
 )
 def test_claim_of_the_costlier_holds_in_short(name):
     in_short(name)

@@ -62,8 +62,10 @@ def test_minari_opens_the_bundled_sets(name, monkeypatch, tmp_path):
     assert theirs.total_episodes == len(ours.start)
     first, rows = theirs[0], slice(0, ours.length[0])
     np.testing.assert_array_equal(first.observations[1:], ours.next_obs[rows])
-    low, high = theirs.action_space.low, theirs.action_space.high
-    action = low + (ours.action[rows] + 1) / 2 * (high - low)
+    action = ours.action[rows]
+    if not ours.num_actions:
+        low, high = theirs.action_space.low, theirs.action_space.high
+        action = low + (action + 1) / 2 * (high - low)
     np.testing.assert_allclose(first.actions, action, atol=1e-5)
     text = (ROOT / "data" / name / "data/metadata.json").read_text()
     about = json.loads(text)["stillwater"]
@@ -75,8 +77,8 @@ def test_minari_opens_the_bundled_sets(name, monkeypatch, tmp_path):
 
 def test_the_bundled_sets_are_small():
     files = [p for p in (ROOT / "data").rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) < 26e6
-    assert len(BUNDLED) >= 5
+    assert sum(p.stat().st_size for p in files) < 28e6
+    assert len(BUNDLED) >= 7
 
 
 def test_random_actions_cover_the_environments_range(collect, monkeypatch):
@@ -142,5 +144,123 @@ def test_replay_is_what_sac_saw_and_an_interrupted_run_goes_on(collect, small, m
 def test_an_environment_without_a_reference_is_refused(collect):
     with pytest.raises(SystemExit, match="--expert-return"):
         collect.main(collect.Config("Pendulum-v1"))
-    with pytest.raises(SystemExit, match="actions must be vectors"):
+    with pytest.raises(SystemExit, match="benchmarks.collect.discrete"):
         collect.main(collect.Config("CartPole-v1"))
+
+
+# --- Discrete actions ---
+
+DISCRETE = [name for name in BUNDLED if name.parts[1] in ("acrobot", "cartpole")]
+
+
+@pytest.fixture
+def dqn(tmp_path, monkeypatch):
+    """(the module, a DQN that is better than uniform actions within 800 steps)."""
+    from benchmarks.collect import discrete
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    cfg = discrete.Config(num_steps=300, dqn_steps=800, start_steps=50, explore_steps=200,
+                          gamma=0.9, polyak=0.05,
+                          score_every=200, batch_size=32, lr=1e-2, widths=(32,))  # fmt: skip
+    return discrete, cfg
+
+
+def probabilities(folder):
+    """(behaviour's probabilities (N, A), actions (N,)) of a set."""
+    with h5py.File(Path(folder) / "data/main_data.hdf5") as file:
+        names = sorted(file, key=lambda name: int(name.removeprefix("episode_")))
+        found = [(file[f"{x}/infos/probability"][:], file[f"{x}/actions"][:]) for x in names]
+    return (np.concatenate(x) for x in zip(*found, strict=True))
+
+
+def agree(p, action):
+    """The probabilities sum to 1, and actions follow them: within four standard deviations, among
+    rows where an action's probability is alike."""
+    np.testing.assert_allclose(p.sum(1), 1, atol=1e-5)
+    assert p[np.arange(len(p)), action].min() > 0
+    taken = np.eye(p.shape[1])[action]
+    for low, high in ((0, 0.03), (0.03, 0.3), (0.3, 0.7), (0.7, 0.97), (0.97, 1.01)):
+        rows = (p >= low) & (p < high)
+        if rows.sum() > 20:
+            wanted, spread = p[rows].sum(), np.sqrt((p[rows] * (1 - p[rows])).sum())
+            assert abs(taken[rows].sum() - wanted) < 4 * spread + 1e-9, (low, high)
+
+
+@pytest.mark.parametrize("name", [*map(str, DISCRETE)])
+def test_bundled_actions_follow_the_stored_probabilities(name):
+    p, action = probabilities(ROOT / "data" / name)
+    agree(p, action)
+    assert np.unique(p.round(3)).size > 2
+
+
+def test_the_bundled_sets_with_discrete_actions_are_small():
+    files = [p for name in DISCRETE for p in (ROOT / "data" / name).rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 2e6
+    assert len(DISCRETE) == 2
+
+
+def test_dqn_collects_what_it_says(dqn, monkeypatch):
+    """Replay and medium from one training: whole episodes, probabilities, time limits; the same
+    seed gives the same rows."""
+    discrete, cfg = dqn
+    monkeypatch.setattr(discrete, "EPISODES", 10)
+    discrete.main(cfg)
+    replay = load("stillwater/cartpole/replay-v0", monkeypatch)
+    assert replay.num_actions == 2 and 200 < len(replay.obs) <= 300
+    inside = np.ones(len(replay.obs), bool)
+    inside[replay.start + replay.length - 1] = False
+    np.testing.assert_array_equal(replay.next_obs[:-1][inside[:-1]], replay.obs[1:][inside[:-1]])
+    rows = np.load("runs/collect/CartPole-v1-s0/rows.npz")
+    assert {tuple(x) for x in replay.obs} <= {tuple(x) for x in rows["obs"]}
+    p, action = probabilities("data/stillwater/cartpole/replay-v0")
+    agree(p, action)
+    np.testing.assert_array_equal(action, replay.action)
+    assert np.isclose(p, 0.5).all(1)[: replay.length[0]].all()  # the first steps are uniform
+
+    monkeypatch.setattr(discrete, "train", None)  # not again
+    discrete.main(replace(cfg, kind="medium"))
+    medium = load("stillwater/cartpole/medium-v0", monkeypatch)
+    p, action = probabilities("data/stillwater/cartpole/medium-v0")
+    agree(p, action)
+    assert set(p.max(1).round(4)) <= {np.float32(0.9), np.float32(0.9995)}  # epsilon 0.2, 0.001
+    of_episode = [p.max(1)[i] for i in medium.start]
+    np.testing.assert_array_equal(np.repeat(of_episode, medium.length), p.max(1))
+    assert medium.ref_min == replay.ref_min < medium.ref_max == replay.ref_max
+    assert medium.done.sum() >= len(medium.start) - 1  # CartPole falls
+
+    again = load("stillwater/cartpole/medium-v0", monkeypatch).obs.copy()
+    discrete.main(replace(cfg, kind="medium"))
+    with h5py.File("data/stillwater/cartpole/medium-v0/data/main_data.hdf5") as file:
+        np.testing.assert_array_equal(
+            file["episode_0/observations"][:-1], again[: medium.length[0]]
+        )
+    with pytest.raises(SystemExit, match="other settings"):
+        discrete.main(replace(cfg, gamma=0.8))
+    with pytest.raises(SystemExit, match="no discrete actions"):
+        discrete.main(discrete.Config("Pendulum-v1"))
+
+
+def test_a_time_limit_is_no_terminal(dqn):
+    """A pole that is never dropped: 500 steps, cut by time."""
+    discrete, cfg = dqn
+
+    class Balanced:
+        """CartPole that always starts anew within an episode."""
+
+        def __init__(self):
+            self.steps = 0
+
+        def reset(self, seed):
+            return np.zeros(4, np.float32), {}
+
+        def step(self, action):
+            self.steps += 1
+            return np.zeros(4, np.float32), 1.0, False, self.steps == 7, {}
+
+    env = discrete.evaluation.make("CartPole-v1")
+    rows = discrete.play([Balanced()], discrete.fresh(cfg, env), "medium",
+                         np.random.default_rng(0), 1)  # fmt: skip
+    assert len(rows["reward"]) == 7
+    assert rows["truncated"].tolist() == [False] * 6 + [True] and not rows["terminated"].any()

@@ -231,16 +231,31 @@ def test_without_ray_one_message(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("budget", scores.BUDGETS)
 def test_every_budget_has_every_algorithm(budget, tmp_path):
-    """Every trainer and 10%BC, on three datasets; each command is one that its file accepts."""
+    """Every trainer, 10%BC and MBPO, on three datasets; each command is one its file takes."""
     files = {x.stem for x in ROOT.glob("algorithms/*.py") if "\ndef train(" in x.read_text("utf-8")}
     cells = scores.grid(parse([f"--budget={budget}"], tmp_path))
-    assert len(cells) == 3 * (len(files) + 1)
+    assert len(cells) == 3 * (len(files) + 2)
     assert {cell.algorithm for cell in cells} == files
     assert len({cell.name for cell in cells}) == len(cells)
     updates = {(cell.algorithm, cell.config.num_updates) for cell in cells}
     assert len(updates) == len(files)
     if budget == "full":
         other = {"dt": 100_000, "rvs": 100_000, "brac": 500_000, "edac": 3_000_000, "rlpd": 250_000}
+        other |= {"mopo": 3_000_000, "mobile": 3_000_000}
         assert dict(updates) == dict.fromkeys(dict(updates), 1_000_000) | other
     for name in scores.DATASETS:
         assert (ROOT / "data/stillwater" / name).is_dir()
+
+
+def test_files_for_discrete_actions_meet_their_datasets_alone(tmp_path):
+    """And each of the four has a cell of its own: DQN is CQL's file, with another alpha."""
+    names = ["bc", "bc-categorical", "dqn", "discrete_cql", "discrete_bcq"]
+    sets = [PENDULUM, "stillwater/cartpole/replay-v0", "stillwater/acrobot/medium-v0"]
+    cells = scores.grid(parse(["--algorithms", *names, "--datasets", *sets], tmp_path))
+    found = {(cell.words[cell.words.index("--env") + 1], cell.algorithm) for cell in cells}
+    assert (PENDULUM, "bc") in found and len(cells) == 1 + 2 * 4
+    assert {name for env, name in found if env != PENDULUM} == {"bc", *names[3:]}
+    heads = [cell.config.head for cell in cells if cell.algorithm == "bc"]
+    assert heads == ["deterministic", "categorical", "categorical"]
+    alphas = [cell.config.alpha for cell in cells if cell.algorithm == "discrete_cql"]
+    assert alphas == [0, 0, 1, 1]

@@ -22,18 +22,16 @@ from benchmarks.speed import tables as speed_tables
 from common import datasets
 
 SIZES = 17, 6
+OF_CHOICES = 4, 2  # of CartPole
 
 
 def counts(name, changes):
     """Necessary FLOPs, and XLA's for the program as it is written, before any optimisation."""
     module, cfg = speed.settings(name, changes)
-    once = {
-        x: 1
-        for x in ("policy_delay", "actor_steps", "critic_steps", "flow_steps", "utd")
-        if hasattr(cfg, x)
-    }
+    once = "policy_delay actor_steps critic_steps flow_steps utd".split()
+    once = {x: 1 for x in once if hasattr(cfg, x)}
     cfg, key = replace(cfg, **once), jax.random.key(0)  # XLA counts a loop's body once
-    first, data = arrays(module, datasets.load(speed.DATA), cfg)
+    first, data = arrays(module, datasets.load(cfg.env), cfg)
     state = jax.eval_shape(partial(module.init, cfg=cfg), key, first)
     rows, sizes, more = jnp.zeros(cfg.batch_size, int), {}, {}
     rows = rows[None] if name == "rlpd" else rows  # an update of one minibatch
@@ -48,7 +46,8 @@ def counts(name, changes):
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), batch)
         key = key[None]
     program = jax.jit(partial(module.update, cfg=cfg)).lower(state, batch, key)
-    necessary = getattr(flops, name)(cfg, *SIZES, **sizes)
+    shape = OF_CHOICES if cfg.env == speed.CHOICES else SIZES
+    necessary = getattr(flops, name)(cfg, *shape, **sizes)
     return flops.total(necessary), program.cost_analysis()["flops"]
 
 

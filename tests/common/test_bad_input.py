@@ -282,8 +282,8 @@ NAMES = {
         ["unknown environment 'case.evil:Evil-v0'"],
     ),
     "env id without vectors": (
-        ["--env", "good.hdf5", "--env-id", "CartPole-v1"],
-        ["observations and actions must be vectors"],
+        ["--env", "good.hdf5", "--env-id", "FrozenLake-v1"],
+        ["observations must be vectors and actions vectors or discrete"],
     ),
     "env id of other observations": (
         ["--env", "good.hdf5", "--env-id", "HalfCheetah-v5"],

@@ -304,7 +304,9 @@ EPISODES = {
     "episode_0/rewards: missing": {"rewards": None},
     "episode_0/rewards: row 2: nan": {"rewards": changed(np.zeros(N), 2, np.nan)},
     "episode_0/actions: row 5, column 0: -1.5": {"actions": changed(np.zeros((N, 1)), 5, -1.5)},
-    "episode_0/actions: has shape (6,)": {"actions": np.zeros(N, int)},  # discrete
+    "episode_0/actions: has shape (6,)": {"actions": np.zeros(N)},
+    "episode_0/actions: row 2: -1 is not one": {"actions": changed(np.zeros(N, int), 2, -1)},
+    "episode_0/actions: row 2: 1024 is not one": {"actions": changed(np.zeros(N, int), 2, 1024)},
 }  # fmt: skip
 
 

@@ -228,7 +228,7 @@ def test_a_policy_may_be_undefined_after_the_end(countdown):
 
 @pytest.mark.parametrize(
     "env_id, says", [("", "unknown environment"), ("Hoper-v5", "Hopper"),
-                     ("CartPole-v1", "Discrete(2)"), ("antigravity:Hopper-v5", "unknown env")]
+                     ("FrozenLake-v1", "Discrete(16)"), ("antigravity:Hopper-v5", "unknown env")]
 )  # fmt: skip
 def test_environments_that_cannot_be_scored(env_id, says):
     with pytest.raises(evaluation.EvaluationError) as error:

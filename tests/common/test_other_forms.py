@@ -142,8 +142,8 @@ def test_arrow_holds_the_same_numbers(home, suffix, capsys):
 @pytest.mark.parametrize(
     "changed, why",
     [
-        (dict(actions=np.arange(4)), r"discrete actions.*datasets.from_arrays"),
-        (dict(observations=np.zeros((5, 8, 8, 3), np.uint8)), r"images.*datasets.from_arrays"),
+        (dict(observations=np.arange(5)), r"discrete values.*datasets.from_arrays"),
+        (dict(observations=np.zeros((5, 64, 64, 3), np.uint8)), r"images.*datasets.from_arrays"),
         (dict(observations={"a": np.zeros((5, 1)), "b": np.zeros((4, 1))}), "differ in length"),
     ],
 )
