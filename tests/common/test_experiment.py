@@ -569,7 +569,7 @@ def test_checkpoint_of_another_shape(tmp_path):
 
 
 def test_a_checkpoint_may_lack_fields_that_hold_no_number(tmp_path):
-    """Fields of a newer program, from arrays and from shapes. One with numbers may not be missing."""
+    """Fields of a newer program, from arrays and shapes; one with numbers may not be missing."""
     checkpoint.save(tmp_path, 1, {"a": jnp.ones(3)})
     saved, none = checkpoint.read(tmp_path)[1], {"x": jnp.zeros((0, 2))}
     for template in ({"a": jnp.zeros(3), "b": none}, {"a": jnp.zeros(3), "b": jnp.zeros(0)}):
