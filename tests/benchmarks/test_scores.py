@@ -17,6 +17,7 @@ from benchmarks.scores import cluster as scores_cluster
 ROOT = Path(__file__).parents[2]
 
 PENDULUM = "stillwater/pendulum/medium-v0"
+DISCRETE = ["stillwater/cartpole/replay-v0", "stillwater/acrobot/medium-v0"]
 FLAGS = "--eval-every 500 --eval-episodes 1 --widths 8"
 GRID = ["--algorithms", "bc", "10%bc", "--num-seeds=2", "--updates=9000", f"--flags={FLAGS}"]
 GRID += ["--datasets", PENDULUM]
@@ -231,27 +232,30 @@ def test_without_ray_one_message(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("budget", scores.BUDGETS)
 def test_every_budget_has_every_algorithm(budget, tmp_path):
-    """Every trainer, 10%BC and MBPO, on three datasets; each command is one its file takes."""
+    """Every trainer, 10%BC and MBPO, on three datasets, and the four for discrete actions on two;
+    each command is one its file takes."""
     files = {x.stem for x in ROOT.glob("algorithms/*.py") if "\ndef train(" in x.read_text("utf-8")}
-    cells = scores.grid(parse([f"--budget={budget}"], tmp_path))
-    assert len(cells) == 3 * (len(files) + 2)
+    sets = [*(f"stillwater/{name}" for name in scores.DATASETS), *DISCRETE]
+    cells = scores.grid(parse([f"--budget={budget}", "--datasets", *sets], tmp_path))
+    assert len(cells) == 3 * (len(files) - 2 + 2) + 2 * 4
     assert {cell.algorithm for cell in cells} == files
     assert len({cell.name for cell in cells}) == len(cells)
+    cells = [cell for cell in cells if getattr(cell.config, "head", "") != "categorical"]
     updates = {(cell.algorithm, cell.config.num_updates) for cell in cells}
     assert len(updates) == len(files)
     if budget == "full":
         other = {"dt": 100_000, "rvs": 100_000, "brac": 500_000, "edac": 3_000_000, "rlpd": 250_000}
         other |= {"mopo": 3_000_000, "mobile": 3_000_000}
         assert dict(updates) == dict.fromkeys(dict(updates), 1_000_000) | other
-    for name in scores.DATASETS:
-        assert (ROOT / "data/stillwater" / name).is_dir()
+    for name in sets:
+        assert (ROOT / "data" / name).is_dir()
 
 
 def test_files_for_discrete_actions_meet_their_datasets_alone(tmp_path):
     """And each of the four has a cell of its own: DQN is CQL's file, with another alpha."""
     names = ["bc", "bc-categorical", "dqn", "discrete_cql", "discrete_bcq"]
-    sets = [PENDULUM, "stillwater/cartpole/replay-v0", "stillwater/acrobot/medium-v0"]
-    cells = scores.grid(parse(["--algorithms", *names, "--datasets", *sets], tmp_path))
+    words = ["--algorithms", *names, "--datasets", PENDULUM, *DISCRETE]
+    cells = scores.grid(parse(words, tmp_path))
     found = {(cell.words[cell.words.index("--env") + 1], cell.algorithm) for cell in cells}
     assert (PENDULUM, "bc") in found and len(cells) == 1 + 2 * 4
     assert {name for env, name in found if env != PENDULUM} == {"bc", *names[3:]}
