@@ -16,7 +16,8 @@ the maximum is taken at the samples of pi alone. Online, the penalty and its cal
 half of each batch is data. `--no-calibrate` is CQL that goes online as it is.
 
 After the last row G is 0. In an episode that a time limit ends, with one and the same reward in
-every row (a maze whose goal was not reached), G is r / (1 - gamma), as in the authors' code.
+every row (a maze whose goal was not reached), G is r / (1 - gamma), as in the authors' code. Where
+other rewards are negative, G is too high shortly before a time limit.
 Settings are those of the authors' code for AntMaze; it has no locomotion. Differs from it
 (github.com/nakamotoo/Cal-QL):
 - PyTorch's initialisation (orthogonal)

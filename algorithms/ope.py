@@ -12,9 +12,9 @@ step t. Means are over episodes; w_t is rho_0:t divided by its mean.
     WDR    the same with w for rho
     FQE    mean[ V(s_0) ],   Q(s, a) = r + gamma V(s'),   V(s) = E[ Q(s, a') ], a' ~ pi(. | s)
 
-IS, PDIS and DR are unbiased, and their variance grows exponentially with the length of an episode;
-w sums to one, so WIS, WPDIS and WDR are bounded and biased, less with more episodes. FQE has no
-weights; Q is fitted, so it is wrong where the data lack pi's actions.
+IS, PDIS and DR are unbiased if b is known, and their variance grows exponentially with the length
+of an episode. The mean of w is one, so WIS, WPDIS and WDR stay near the data's returns; their bias
+falls with the number of episodes. FQE has no weights; it is wrong where the data lack pi's actions.
 
 - DR: Jiang, Li 2016, arXiv:1511.03722, in its closed form
 - WDR: Thomas, Brunskill 2016, arXiv:1604.00923

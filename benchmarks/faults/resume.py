@@ -55,15 +55,15 @@ FLAGS = {
     "bcq": f"{NETWORK} --vae-widths 32 32",
     "bear": f"{NETWORK} --vae-widths 32 32 --warm-start 200",
     "brac": f"{NETWORK} --clone-updates 200",
-    "cal_ql": f"{NETWORK} --critic-widths 32 32 --num-actions 2 --online-steps 300",
+    "cal_ql": f"{NETWORK} --critic-widths 32 32 --num-actions 2 --online-steps 540",
     **dict.fromkeys(("combo", "mobile", "mopo"), f"{NETWORK} {MODEL}"),
     "cql": f"{NETWORK} --num-actions 2",
     "diffuser": "--width 16 --multiples 1 2 --horizon 4 --samples 2 --ddim-steps 2 --plan-every 4",
     "fql": f"{NETWORK} --chunk 3",
     "decision_diffuser": "--width 16 --multiples 1 2 --horizon 4 --ddim-steps 2 --plan-every 3",
     "dt": "--width 16 --layers 1 --context 5 --warmup 100",
-    "iql": f"{NETWORK} --online-steps 300",
-    "rlpd": f"{NETWORK} --utd 2 --num-critics 4 --random-steps 100 --pretrain-updates 300",
+    "iql": f"{NETWORK} --online-steps 540",
+    "rlpd": f"{NETWORK} --utd 2 --num-critics 4 --random-steps 100 --pretrain-updates 60",
 }
 
 

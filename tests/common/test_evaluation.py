@@ -113,6 +113,39 @@ def test_discounted_returns(countdown):
     np.testing.assert_array_equal(returns, [[1.75, 1.875, 1.9375, 1.9375]] * 2)
 
 
+def test_a_collector_steps_through_episodes_and_goes_on_where_one_stopped(countdown):
+    """Terminals and time limits; rows never cross an episode; a later one continues anywhere."""
+    whole = evaluation.Collector(countdown, [0, 1])
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1.5, 1.5, (40, 2, 1))  # beyond the bounds: clipped
+    rows, shown = [], []
+    for action in actions:
+        shown.append(whole.obs.copy())
+        rows.append(whole.step(action))
+    obs, action, reward, next_obs, done, end = (np.stack(x, 1) for x in zip(*rows, strict=True))
+    np.testing.assert_array_equal(obs, np.stack(shown, 1))
+    np.testing.assert_array_equal(action, np.float32(actions).clip(-1, 1).swapaxes(0, 1))
+    assert (reward == 1).all() and 0 < done.sum() < end.sum()  # some end by the limit of 5 steps
+    np.testing.assert_array_equal(next_obs[..., 0], obs[..., 0] - 1)
+    np.testing.assert_array_equal(next_obs[..., 1], action[..., 0])
+    np.testing.assert_array_equal(done == 1, next_obs[..., 0] == 0)
+    goes_on = end[:, :-1] == 0
+    np.testing.assert_array_equal(obs[:, 1:][goes_on], next_obs[:, :-1][goes_on])
+    assert len(set(obs[:, 1:][~goes_on][:, 0])) > 1  # episodes are reset with seeds of their own
+    assert Countdown.steps_after_end == 0
+    for stop in (0, 1, 7, 23):
+        later = evaluation.Collector(countdown, [0, 1], action[:, :stop], end[:, :stop])
+        for t in range(stop, 40):
+            for x, y in zip(later.step(actions[t]), rows[t], strict=True):
+                np.testing.assert_array_equal(x, y)
+
+
+def test_a_collector_takes_no_infinite_action(countdown):
+    collector = evaluation.Collector(countdown, [0, 1])
+    _, action, *_ = collector.step(np.array([[np.nan], [-np.inf]]))
+    np.testing.assert_array_equal(action, 0)
+
+
 @pytest.mark.parametrize("cores", [1, 2, 3, 64])
 def test_returns_are_the_same_bits_on_any_number_of_cores(cores, monkeypatch):
     """Episodes end apart, so that there are fewer of them than cores, too."""
