@@ -9,6 +9,8 @@ ALGORITHM ?= iql
 RUN_awac := --num-updates 100000 --eval-every 5000
 RUN_bc := --num-updates 50000 --eval-every 5000
 RUN_combo := --num-updates 100000 --eval-every 5000 --widths 256 256 --max-epochs 100
+RUN_mobile := $(RUN_combo)
+RUN_mopo := $(RUN_combo)
 RUN_cql := --num-updates 100000 --eval-every 5000 --num-actions 1
 RUN_diffuser := --num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4 --plan-every 2 \
 	--ddim-steps 5 --samples 16

@@ -21,7 +21,7 @@ A return is the share of the data's range, (R - min) / (max - min) over all step
 asks for one. `--regions 1 0.5 9 1 -9 -0.5` are two more conditions: column 1 of the observation is
 between 0.5 and 9 at some step of the plan, or between -9 and -0.5 (a constraint); with
 `--region-mean` on average over the plan (a skill). `--wanted 0 --unwanted 1` asks for the first and
-not the second, whatever the return with `--target None`.
+not the second, whatever the return with `--target None`. A window is told one condition at a time.
 
 Default sizes are for a CPU. Those of the authors' code, 1.2 TFLOP a plan, are AUTHORS, used where
 they published them. Differs from it:
@@ -254,8 +254,7 @@ class Window(NamedTuple):
     x: jax.Array  # (B, H, D) observations, normalised
     action: jax.Array  # (B, H, A)
     mask: jax.Array  # (B, H) False beyond the episode's end
-    y: jax.Array  # (B, K) all conditions: the return in [0, 1], and 1 for each region
-    holds: jax.Array  # (B, K) which of them describe the window
+    y: jax.Array  # (B, K) all conditions: the return in [0, 1]; each region 1, or -1 if not in it
 
 
 @struct.dataclass
@@ -300,12 +299,13 @@ def init(key, data, cfg):
 
 
 def chosen(batch, key, cfg):
-    """(y (B, K), keep (B,)): one condition for each window, of those that hold, or none."""
+    """(y (B, K), keep (B,)): for each window one of its conditions, drawn blindly, or none."""
     k_which, k_drop = jax.random.split(key)
-    which = jnp.argmax(jax.random.uniform(k_which, batch.y.shape) * batch.holds, -1)
-    y = batch.y * (jnp.arange(batch.y.shape[1]) == which[:, None])
+    count, first = batch.y.shape[1], 0 if cfg.target is not None else 1
+    which = jax.random.randint(k_which, (len(batch.y),), first, max(count, first + 1))
+    y = batch.y * (jnp.arange(count) == which[:, None])
     keep = jax.random.uniform(k_drop, which.shape) >= cfg.drop
-    return y, keep & batch.holds.any(-1)
+    return y, keep & (which < count)
 
 
 def model_loss(params, state, batch, key, cfg):
@@ -369,14 +369,9 @@ def minibatch(state, data, rows, cfg):
     """The windows of Steps that begin at those rows, cut at the episode's end."""
     index, mask = datasets.windows(rows, data.end, cfg.horizon)
     obs, returns = data.obs[index], data.returns_to_go[rows][:, None]
-    inside = visited(obs, mask, cfg)
-    return Window(
-        x=normalise(state, obs),
-        action=data.action[index],
-        mask=mask,
-        y=jnp.concatenate([returns, jnp.ones(inside.shape)], 1),
-        holds=jnp.concatenate([jnp.full(returns.shape, cfg.target is not None), inside], 1),
-    )
+    inside = jnp.where(visited(obs, mask, cfg), 1.0, -1.0)
+    y = jnp.concatenate([returns, inside], 1)
+    return Window(normalise(state, obs), data.action[index], mask, y)
 
 
 def train_chunk(state, data, key, step, cfg):

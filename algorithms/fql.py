@@ -292,7 +292,7 @@ def check(cfg, dataset):
         raise SystemExit(f"--chunk {cfg.chunk}: {why}. Choose a smaller one.")
 
 
-def chunks(dataset, cfg):
+def action_chunks(dataset, cfg):
     """The chunks that begin at each row, Chunks; rewards shifted."""
     rows, end = dataset.transitions(), np.repeat(dataset.start + dataset.length, dataset.length)
     index, valid = map(np.asarray, datasets.windows(np.arange(len(end)), end, cfg.chunk))
@@ -312,7 +312,7 @@ def train(cfg, dataset):
     cfg = experiment.resolve(cfg, TUNED, dataset)
     check(cfg, dataset)
     run = experiment.Run(cfg, dataset)
-    data = chunks(dataset, cfg)
+    data = action_chunks(dataset, cfg)
 
     keys = jax.vmap(jax.random.key)(cfg.seed + jnp.arange(cfg.num_seeds))
     start = jax.jit(jax.vmap(partial(init, cfg=cfg), (0, None)))

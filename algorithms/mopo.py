@@ -272,12 +272,9 @@ def fit_epoch(fit, data, key, cfg):
     """One pass of each member over its rows, then its holdout error."""
 
     def step(model, rows):  # (M, B)
-        def loss(params):
-            pairs = model_pairs(data, rows)
-            return jax.vmap(model_loss, (0, None, 0, 0, None))(params, fit, *pairs, cfg).sum()
-
-        value, grads = jax.value_and_grad(loss)(model.params)
-        return model.apply_gradients(grads=grads), value
+        grad = jax.vmap(jax.value_and_grad(model_loss), (0, None, 0, 0, None))
+        losses, grads = grad(model.params, fit, *model_pairs(data, rows), cfg)
+        return model.apply_gradients(grads=grads), losses.sum()
 
     rows = jax.random.permutation(key, fit.bootstrap, 1, independent=True)
     size = min(cfg.batch_size, rows.shape[1])
@@ -290,17 +287,11 @@ def fit_epoch(fit, data, key, cfg):
     mean, _ = members(model.params, fit.dynamics, inputs)  # (M, H, D + 1)
     error = jnp.mean((mean - targets) ** 2, (1, 2))
     gained = (error < 0.99 * fit.error) & (fit.stale < cfg.patience)  # (M,)
-
-    def keep(new, old):
-        return jnp.where(gained.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-    best = jax.tree.map(keep, model.params, fit.dynamics.params)
-    fit = fit.replace(
-        model=model,
-        dynamics=fit.dynamics.replace(params=best),
-        error=keep(error, fit.error),
-        stale=jnp.where(gained.any(), 0, fit.stale + 1),
-    )
+    keep = jax.vmap(lambda gained, *x: jax.tree.map(partial(jnp.where, gained), *x))
+    new, old = (model.params, error), (fit.dynamics.params, fit.error)
+    best, lowest = keep(gained, new, old)
+    dynamics, stale = fit.dynamics.replace(params=best), jnp.where(gained.any(), 0, fit.stale + 1)
+    fit = fit.replace(model=model, dynamics=dynamics, error=lowest, stale=stale)
     return fit, {"train_loss": losses.mean(), "holdout_error": error}
 
 

@@ -24,7 +24,8 @@ weights; Q is fitted, so it is wrong where the data lack pi's actions.
 Run: python algorithms/ope.py --policies runs/iql/... runs/cql/... --env hopper-medium-v2 --truth
 
 A deterministic policy has no density. What is evaluated is pi(. | s) = N(act(s), std^2), truncated
-to [-1, 1]; --truth runs that policy, too. b is stored with the data or cloned, and the output says
+to [-1, 1], or act(s) with a random action instead in a share epsilon of the steps where actions are
+discrete; --truth runs that policy, too. b is stored with the data or cloned, and the output says
 which. Returns end where an episode of the data ends: estimates compare with --truth if the data's
 episodes are whole. FQE goes on after a time limit. Its interval is that of the start states alone.
 An estimate marked "collapsed" rests on fewer than ten episodes. Differs from the code of DOPE
@@ -38,7 +39,7 @@ An estimate marked "collapsed" rests on fewer than ten episodes. Differs from th
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +81,8 @@ class Config:
     polyak: float = 0.005  # step of the target network
     widths: tuple[int, ...] = (256, 256)  # hidden layers of every network
     std: float = 0.1  # noise of the evaluated policies
+    epsilon: float = 0.1  # of discrete actions: how often a random one is taken instead
+    discrete: tyro.conf.Suppress[bool] = False  # kind of actions; the dataset decides
     clip: tuple[float, float] = (-6.0, 2.0)  # log of one step's ratio to a cloned behaviour
     samples: int = 10  # actions that V(s) averages over
     resamples: int = 1_000  # bootstrap samples of an interval
@@ -128,13 +131,17 @@ class TanhNormal(distrax.Transformed):
 
 
 class Behaviour(nn.Module):
-    """b(a | s), a tanh-squashed Gaussian with log std between -5 and 2."""
+    """b(a | s): a tanh-squashed Gaussian with log std between -5 and 2, or of discrete actions."""
 
     widths: tuple[int, ...]
     action_dim: int
+    discrete: bool
 
     @nn.compact
     def __call__(self, obs):
+        if self.discrete:
+            logits = MLP(self.widths, self.action_dim)(obs)
+            return distrax.OneHotCategorical(logits, dtype=obs.dtype)
         mean, log_std = jnp.split(MLP(self.widths, 2 * self.action_dim)(obs), 2, -1)
         return TanhNormal(mean, jnp.exp(log_std.clip(-5, 2)))
 
@@ -154,12 +161,19 @@ class Critic(nn.Module):
 
 def noisy(key, mean, cfg):
     """Actions of pi around act's actions `mean` (..., A)."""
+    if cfg.discrete:
+        k_whether, k_which = jax.random.split(key)
+        shape, count = mean.shape[:-1], mean.shape[-1]
+        other = jax.nn.one_hot(jax.random.randint(k_which, shape, 0, count), count)
+        return jnp.where(jax.random.uniform(k_whether, (*shape, 1)) < cfg.epsilon, other, mean)
     low, high = (-1 - mean) / cfg.std, (1 - mean) / cfg.std
     return mean + cfg.std * jax.random.truncated_normal(key, low, high)
 
 
 def log_prob(mean, action, cfg):
     """log pi(a | s) (...) of actions (..., A) around `mean` (..., A)."""
+    if cfg.discrete:
+        return jnp.log((1 - cfg.epsilon) * (mean * action).sum(-1) + cfg.epsilon / mean.shape[-1])
     low, high = (-1 - mean) / cfg.std, (1 - mean) / cfg.std
     return truncnorm.logpdf(action, low, high, mean, cfg.std).sum(-1)
 
@@ -177,10 +191,13 @@ def load(folder, dataset):
     """The Policies of a run folder. SystemExit if they do not fit the dataset, or have a memory."""
     module, cfg, state = evaluation.load(folder)
     info, _ = experiment.read(Path(folder).expanduser().resolve())
-    sizes = [dataset.obs.shape[1], dataset.action.shape[1]]
+    sizes = [dataset.obs.shape[1], dataset.num_actions or dataset.action.shape[1]]
     if info["dims"][1:] != sizes:
         had = f"{info['dims'][1:]} observations and actions, {dataset.name} {sizes}"
         raise SystemExit(f"{folder} has {had}.")
+    if bool(info["dataset"].get("num_actions")) != (dataset.num_actions > 0):
+        kinds = "one has discrete actions, the other not"
+        raise SystemExit(f"{folder} does not fit {dataset.name}: {kinds}.")
     act = jax.vmap(module.policy(cfg), (0, 0, 0, 0, None))
     obs = jnp.zeros((cfg.num_seeds, 1, sizes[0]))
     _, carry = jax.eval_shape(act, state, None, obs, obs[..., 0], jax.random.key(0))
@@ -223,8 +240,9 @@ def descend(loss_fn, learner, *args):
 def cloned(data, key, cfg):
     """log b(a | s) (N,) of the data's rows under a behaviour that is fitted to them."""
     k_init, k_rows = jax.random.split(key)
-    data = data._replace(action=data.action.clip(-INSIDE, INSIDE))
-    net = Behaviour(cfg.widths, data.action.shape[-1])
+    if not cfg.discrete:
+        data = data._replace(action=data.action.clip(-INSIDE, INSIDE))
+    net = Behaviour(cfg.widths, data.action.shape[-1], cfg.discrete)
     behaviour = TrainState.create(
         apply_fn=net.apply, params=net.init(k_init, data.obs[0]), tx=optax.adam(cfg.lr)
     )
@@ -490,7 +508,7 @@ def ope(cfg, dataset, runs):
     data = jax.tree.map(jnp.asarray, data)
     log_b, source = behaviour_log_prob(dataset, data, k_clone, cfg)
     print(f"Behaviour: {source}.")
-    log_pi = [np.asarray(log_prob(x, dataset.action, cfg), np.float64) for x in mean]
+    log_pi = [np.asarray(log_prob(x, data.action, cfg), np.float64) for x in mean]
     limits = (-np.inf, np.inf) if source.startswith("stored") else cfg.clip
     q, v = fit(data, jnp.asarray(mean), jnp.asarray(next_mean), k_fit, cfg)
     rows, names = [], [(name, run.folder) for run in runs for name in run.names]
@@ -552,6 +570,8 @@ def check(cfg):
         raise SystemExit(
             f"--std {cfg.std}: must be above 0; a policy without noise has no density."
         )
+    if not 0 < cfg.epsilon <= 1:
+        raise SystemExit(f"--epsilon {cfg.epsilon}: must be above 0 and at most 1.")
     for name in ("num_updates", "clone_updates", "batch_size", "samples", "resamples", "episodes"):
         if getattr(cfg, name) < 1:
             flag = name.replace("_", "-")
@@ -565,13 +585,13 @@ def main(cfg: Config):
     first, _ = experiment.read(Path(cfg.policies[0]).expanduser().resolve())
     told = cfg.env, cfg.env_id
     dataset = datasets.load(*told if cfg.env else (first["dataset"]["name"], cfg.env_id))
-    if getattr(dataset, "num_actions", 0):
-        raise SystemExit(f"{dataset.name}: policies of discrete actions are not evaluated yet.")
+    cfg = replace(cfg, discrete=dataset.num_actions > 0)
     if cfg.truth and not dataset.env_id:
         raise SystemExit(f"--truth: {dataset.name} has no environment; name one with --env-id.")
     runs = [load(folder, dataset) for folder in cfg.policies]
     count = sum(len(run.names) for run in runs)
-    print(f"{dataset.name}: {len(dataset.length):,} episodes, {count} policies, std {cfg.std}")
+    noise = f"epsilon {cfg.epsilon}" if cfg.discrete else f"std {cfg.std}"
+    print(f"{dataset.name}: {len(dataset.length):,} episodes, {count} policies, {noise}")
     rows, source = ope(cfg, dataset, runs)
     show(rows, len(dataset.length), cfg)
     if cfg.out:

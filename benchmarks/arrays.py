@@ -20,7 +20,7 @@ def arrays(module, dataset, cfg):
     elif name == "rebrac":
         rows = module.transitions(dataset)
     elif name == "fql":
-        rows = module.chunks(dataset, cfg)
+        rows = module.action_chunks(dataset, cfg)
     elif name == "bc":
         best = module.best_episodes(dataset, cfg.fraction)
         rows = jax.tree.map(lambda x: x[best], rows)

@@ -172,7 +172,7 @@ def chunked(rows):
     arrays = (rows[name] for name in ("obs", "action", "reward", "next_obs", "done"))
     begin = np.cumsum(length) - length
     dataset = datasets.Dataset("rows", "", *arrays, begin, length, None, None, {})
-    found = fql.chunks(dataset, fql.Config(**SETTINGS, **KINDS["qc"]))
+    found = fql.action_chunks(dataset, fql.Config(**SETTINGS, **KINDS["qc"]))
     found = [np.asarray(x)[: 1 - chunk] for x in found[1:]]
     return used(*found)
 

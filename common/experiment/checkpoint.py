@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import serialization
 
 from common.experiment import files
@@ -126,6 +127,14 @@ def _read_intact(paths):
     return None, damaged
 
 
+def _empty_fields(tree):
+    """The fields of a state dict whose arrays hold no number: older checkpoints may lack them."""
+    fields = tree.items() if isinstance(tree, dict) else ()
+    leaves = {name: jax.tree.leaves(x) for name, x in fields}
+    empty = [name for name, x in leaves.items() if x and not any(leaf.size for leaf in x)]
+    return {name: jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), tree[name]) for name in empty}
+
+
 def fill(template, saved):
     """`template`, a pytree of arrays or shapes, filled from a state dict with jax arrays.
 
@@ -142,6 +151,7 @@ def fill(template, saved):
 
     try:
         tree = serialization.to_state_dict(template)
+        saved = _empty_fields(tree) | saved if isinstance(saved, dict) else saved
         tree = jax.tree_util.tree_map_with_path(place, tree, saved)
         return serialization.from_state_dict(template, tree)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -231,7 +231,7 @@ def episodes(done=(1, 0)):
 
 def test_chunks_by_hand():
     """Three steps each, gamma 0.5, rewards from 0 to 6, shifted by 1."""
-    found = fql.chunks(episodes(), replace(CFG, chunk=3, gamma=0.5, shift_reward=1.0))
+    found = fql.action_chunks(episodes(), replace(CFG, chunk=3, gamma=0.5, shift_reward=1.0))
     assert found.action.shape == (7, 3, 1)
     np.testing.assert_array_equal(
         found.valid, [[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0], [1, 0, 0]]
@@ -248,7 +248,7 @@ def test_chunks_by_hand():
 
 def test_a_chunk_of_one_is_the_data():
     data = episodes()
-    found, rows = fql.chunks(data, replace(CFG, chunk=1)), data.transitions()
+    found, rows = fql.action_chunks(data, replace(CFG, chunk=1)), data.transitions()
     np.testing.assert_array_equal(found.action[:, 0], rows.action)
     assert (found.valid == 1).all()
     for name in ("obs", "reward", "next_obs", "done"):

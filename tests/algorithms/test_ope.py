@@ -217,6 +217,28 @@ def test_samples_and_density_are_those_of_the_truncated_normal():
     assert abs(float(jnp.trapezoid(density, grid)) - 1) < 1e-3
 
 
+def test_discrete_samples_and_probabilities():
+    """Of act's action 1 - epsilon + epsilon / A, of others epsilon / A."""
+    cfg = replace(CFG, discrete=True, epsilon=0.3)
+    mean = jax.nn.one_hot(jnp.full(6000, 2), 3)
+    drawn = np.asarray(ope.noisy(jax.random.key(0), mean, cfg))
+    assert set(map(tuple, drawn)) == {(1, 0, 0), (0, 1, 0), (0, 0, 1)}
+    chance = np.exp(ope.log_prob(mean[:3], jnp.eye(3), cfg))
+    np.testing.assert_allclose(chance, [0.1, 0.1, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(drawn.mean(0), chance, atol=4 * np.sqrt(0.2 / 6000))
+
+
+def test_a_cloned_discrete_behaviour_has_the_datas_frequencies():
+    """Action 0 in 90 % of one half of the rows, in 20 % of the other."""
+    obs = np.repeat([-1.0, 1.0], 100)[:, None].astype(np.float32)
+    first = np.repeat([1, 0, 1, 0], [90, 10, 20, 80])
+    zero = np.zeros(200, np.float32)
+    data = Batch(obs, np.eye(2, dtype=np.float32)[1 - first], zero, obs, zero)
+    cfg = replace(CFG, discrete=True, clone_updates=500, batch_size=256, lr=1e-2)
+    got = np.exp(ope.cloned(jax.tree.map(jnp.asarray, data), jax.random.key(0), cfg))
+    np.testing.assert_allclose(got[[0, 95, 105, 150]], [0.9, 0.1, 0.2, 0.8], atol=0.05)
+
+
 def test_a_cloned_behaviour_is_the_density_that_data_come_from():
     """Actions around -0.5 in one half of the states, around 0.5 in the other."""
     rng = np.random.default_rng(0)
@@ -292,13 +314,14 @@ def test_ranking_measures():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of tiny runs of IQL and RvS; their data."""
+    """Folders of tiny runs of IQL, RvS and discrete BCQ; the data of the first two."""
     folder = tmp_path_factory.mktemp("ope")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         data = tiny.dataset(folder / "tiny.hdf5")
-        for name in ("iql", "rvs"):
-            where = ["--env", data.name, "--env-id", data.env_id, "--out", folder]
+        for name in ("iql", "rvs", "discrete_bcq"):
+            own = tiny.dataset(folder / "discrete.hdf5", name) if name in tiny.DISCRETE else data
+            where = ["--env", own.name, "--env-id", own.env_id, "--out", folder]
             small = tiny.settings(name) | {"num_updates": 10, "eval_every": 10, "eval_episodes": 0}
             code, _, errors = run(name, *where, *tiny.flags(small))
             assert code == 0, errors
@@ -328,6 +351,19 @@ def test_the_command_estimates_ranks_and_measures(runs, tmp_path):
     assert found["measures"]["FQE"].keys() == {"error", "spearman", "regret@1"}
 
 
+def test_discrete_actions(runs, tmp_path):
+    """The same command; a random action instead in a share epsilon of the steps."""
+    folders, _ = runs
+    folder = folders["discrete_bcq"]
+    info = json.loads((folder / "config.json").read_text())["dataset"]
+    where = ["--env", info["name"], "--env-id", info["env_id"]]
+    code, text, errors = run(
+        "ope", "--policies", folder, *where, *SMALL, "--truth", "--episodes", 2
+    )
+    assert code == 0, errors
+    assert "2 policies, epsilon 0.1" in text and "discrete_bcq s1" in text and "Spearman" in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -335,6 +371,7 @@ def test_the_command_estimates_ranks_and_measures(runs, tmp_path):
         ([], "--policies: name at least one run folder"),
         (["--policies", "IQL", "--gamma", "1"], "--gamma 1.0: must be at least 0 and below 1"),
         (["--policies", "IQL", "--std", "0"], "--std 0.0: must be above 0"),
+        (["--policies", "IQL", "--epsilon", "0"], "--epsilon 0.0: must be above 0"),
         (["--policies", "IQL", "--rank", "x"], "--rank x: must be one of FQE"),
         (["--policies", "IQL", "--env", "stillwater/halfcheetah/medium-v0"], "11.*17"),
     ],

@@ -446,6 +446,7 @@ SMALL = {
     "dt": "--batch-size 8",
     "diffuser": "--batch-size 8 --horizon 8",
     "combo": "--batch-size 8",
+    **dict.fromkeys(("mopo", "mobile"), "--batch-size 8 --real-fraction 0.5"),
 }
 FLAGS = {
     # of the kind that a number must be
@@ -455,6 +456,8 @@ FLAGS = {
     "iql --lr inf": "--lr inf: must be above 0",
     "cql --actor-lr -1": "--actor-lr -1.0: must be above 0",
     "combo --model-lr nan": "--model-lr nan: must be above 0",
+    "mopo --penalty-scale -1": "--penalty-scale -1.0: must be at least 0",
+    "mobile --temperature 2": "--temperature 2.0: must be at least 0 and at most 1",
     "iql --gamma 2": "--gamma 2.0: must be between 0 and 1",
     "iql --gamma nan": "--gamma nan: must be between 0 and 1",
     "iql --gamma -0.1": "--gamma -0.1: must be between 0 and 1",
@@ -504,6 +507,7 @@ FLAGS = {
     "combo --num-elites 7": "--num-elites must divide --rollout-batch",
     "combo --real-fraction 1": "--real-fraction 1.0: must be above 0 and below 1",
     "combo --real-fraction 0.01": "must leave rows of the data and of the model",
+    "mopo --real-fraction 0.05": "must leave rows of the data and of the model",
     "combo --model-widths 8": "--model-decay needs one value more than --model-widths",
     "combo --rollout-every 300 --eval-every 1000": "--log-every 1000, --rollout-every 300: one",
     "combo --retain 10000 --rollout-batch 1000000": "50,000,000,000 rows are too many",

@@ -568,6 +568,19 @@ def test_checkpoint_of_another_shape(tmp_path):
             checkpoint.fill(template, saved)
 
 
+def test_a_checkpoint_may_lack_fields_that_hold_no_number(tmp_path):
+    """Fields of a newer program, from arrays and shapes; one with numbers may not be missing."""
+    checkpoint.save(tmp_path, 1, {"a": jnp.ones(3)})
+    saved, none = checkpoint.read(tmp_path)[1], {"x": jnp.zeros((0, 2))}
+    for template in ({"a": jnp.zeros(3), "b": none}, {"a": jnp.zeros(3), "b": jnp.zeros(0)}):
+        for like in (template, jax.eval_shape(lambda t=template: t)):
+            found = checkpoint.fill(like, saved)
+            np.testing.assert_array_equal(found["a"], 1)
+            assert jax.tree.map(jnp.shape, found["b"]) == jax.tree.map(jnp.shape, template["b"])
+    with pytest.raises(experiment.RunError, match="does not fit"):
+        checkpoint.fill({"a": jnp.zeros(3), "b": jnp.zeros(1)}, saved)
+
+
 # --- Recording ---
 
 
