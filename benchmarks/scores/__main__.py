@@ -44,8 +44,6 @@ from common import experiment
 ROOT = Path(__file__).resolve().parents[2]
 
 SETTLED = "--num-updates 100000 --eval-every 5000"  # five time constants of a usual critic
-# ... of one whose target network moves four times as fast
-CHOOSE = "--num-updates 25000 --eval-every 2500 --polyak 0.02 --widths 64 64"
 MODEL = f"{SETTLED} --widths 256 256 --max-epochs 100"
 SHORT = {  # flags of three seeds on three datasets, some nights of two CPU cores
     "bc": "--num-updates 50000 --eval-every 5000",
@@ -56,8 +54,8 @@ SHORT = {  # flags of three seeds on three datasets, some nights of two CPU core
     "mbpo": f"--penalty-scale 0 {MODEL}",
     "fql": f"{SETTLED} --widths 256 256",
     "bc-categorical": "--head categorical --num-updates 5000 --eval-every 1000",
-    "dqn": f"{CHOOSE} --alpha 0",
-    **dict.fromkeys(["discrete_bcq", "discrete_cql"], CHOOSE),
+    "dqn": f"{SETTLED} --widths 64 64 --alpha 0",
+    **dict.fromkeys(["discrete_bcq", "discrete_cql"], f"{SETTLED} --widths 64 64"),
     "cal_ql": f"{SETTLED} --num-actions 1",  # its offline phase
     "rvs": "--num-updates 50000 --eval-every 5000 --batch-size 256 --widths 256 256",
     "dt": "--num-updates 5000 --eval-every 1000 --warmup 1000",

@@ -48,8 +48,8 @@ save-every""".split()
 SHORT = {  # flags of the short budget, see __main__
     "cql": ["num-actions"],
     **dict.fromkeys(("mopo", "mobile"), "max-epochs widths".split()),
-    "discrete_bcq": "polyak widths".split(),
-    "discrete_cql": "polyak widths".split(),
+    "discrete_bcq": ["widths"],
+    "discrete_cql": ["widths"],
     "cal_ql": ["num-actions"],
     "combo": "num-actions max-epochs widths".split(),
     "fql": ["widths"],
