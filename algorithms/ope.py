@@ -487,9 +487,10 @@ def measures(rows, k):
 
 def behaviour_log_prob(dataset, data, key, cfg):
     """(log b(a | s) (N,), where it is from)."""
-    stored = getattr(dataset, "behavior_prob", None)
+    stored = datasets.infos(dataset, "probability") if dataset.num_actions else None
     if stored is not None:
-        return np.log(np.asarray(stored, np.float64)), "stored with the data"
+        chosen = np.take_along_axis(stored, dataset.action[:, None], 1)[:, 0]
+        return np.log(np.float64(chosen)), "stored with the data"
     return cloned(data, key, cfg), f"cloned from the data in {cfg.clone_updates:,} updates"
 
 

@@ -15,7 +15,7 @@ Loaded arrays are kept in $XDG_CACHE_HOME/stillwater or ~/.cache/stillwater, saf
 from common.datasets.checked import CheckedFile, DatasetError
 from common.datasets.d4rl import REFERENCE, Source
 from common.datasets.dataset import Batch, Dataset, Steps, windows
-from common.datasets.loading import from_arrays, join, load, read
+from common.datasets.loading import from_arrays, infos, join, load, read
 
 __all__ = [
     "REFERENCE",
@@ -26,6 +26,7 @@ __all__ = [
     "Source",
     "Steps",
     "from_arrays",
+    "infos",
     "join",
     "load",
     "read",

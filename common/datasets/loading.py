@@ -3,12 +3,13 @@
 import hashlib
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 
 from common import evaluation
-from common.datasets import arrow, cache, checked, memory, readers, recorded, sources
-from common.datasets.checked import DatasetError
+from common.datasets import arrow, cache, memory, readers, recorded, sources
+from common.datasets.checked import CheckedFile, DatasetError
 from common.datasets.d4rl import REFERENCE, Source
 from common.datasets.dataset import Dataset
 from common.experiment import printable, runtime
@@ -35,7 +36,7 @@ def load(name: str | list[str], env_id: str = "") -> Dataset:
     kept = cache.read(place)
     if kept is None:
         try:
-            kind = arrow.ArrowFolder if source.path.is_dir() else checked.CheckedFile
+            kind = arrow.ArrowFolder if source.path.is_dir() else CheckedFile
             kept = read(kind(source.path), source, env)
         except MemoryError:
             free = f"this machine has {runtime.free_memory():,} bytes of memory left"
@@ -108,6 +109,30 @@ def join(parts: list[Dataset]) -> Dataset:
     refs = first.ref_min, first.ref_max
     count = first.num_actions
     return Dataset(joined, first.env_id, *arrays.values(), *refs, about[0] | facts, count)
+
+
+def infos(dataset: Dataset, name: str) -> np.ndarray | None:
+    """Numbers that a file in Minari's layout holds beside its transitions, in infos/NAME.
+
+    (N, K) float32, a row for each transition; None if the dataset has none, is joined or is of
+    arrays. Raises DatasetError for damaged ones.
+    """
+    path = Path(dataset.provenance.get("file") or ".")
+    if dataset.provenance.get("layout") != "Minari" or not path.is_file():
+        return None
+    file = CheckedFile(path)
+    try:
+        fields = [f"{episode}/infos/{name}" for episode in file.episodes()]
+        if file.item(fields[0]) is None:
+            return None
+        parts = [file.array(field, 2) for field in fields]
+        if [len(part) for part in parts] != dataset.length.tolist():
+            raise file.refusal(f"infos/{name}", "numbers of rows differ from those of the actions")
+        if len(widths := {part.shape[1] for part in parts}) > 1:
+            raise file.refusal(f"infos/{name}", f"numbers of columns differ: {sorted(widths)}")
+        return np.concatenate(parts)
+    finally:
+        file.close()
 
 
 def _kind(data):

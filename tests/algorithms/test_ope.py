@@ -3,9 +3,11 @@
 import itertools
 import json
 import re
+import shutil
 from dataclasses import replace
-from types import SimpleNamespace
+from pathlib import Path
 
+import h5py
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,10 @@ from commands import run
 from float64 import random_batch
 from scipy import stats
 
+from common import datasets
 from common.datasets import Batch
 
+ROOT = Path(__file__).parents[2]
 GAMMA = 0.9
 UNBIASED = ("IS", "PDIS", "DR")
 WEIGHTED = ("WIS", "WPDIS", "WDR")
@@ -386,10 +390,24 @@ def test_refusals(runs, words, message):
     assert re.search(message, errors), errors
 
 
-def test_stored_probabilities_are_used(runs):
-    """They are exact, so ratios are not clipped, and nothing is cloned."""
-    _, data = runs
-    stored = SimpleNamespace(behavior_prob=np.full(len(data.obs), 0.25))
-    log_b, source = ope.behaviour_log_prob(stored, None, None, CFG)
-    np.testing.assert_array_equal(log_b, np.log(0.25))
-    assert source == "stored with the data"
+def test_stored_probabilities_are_used():
+    """They are exact, so nothing is cloned: those of the actions that were taken."""
+    data = datasets.load("stillwater/cartpole/replay-v0")
+    log_b, source = ope.behaviour_log_prob(data, None, None, CFG)
+    stored = datasets.infos(data, "probability")
+    assert source == "stored with the data" and stored.shape == (len(data.obs), 2)
+    np.testing.assert_allclose(stored.sum(1), 1, rtol=1e-6)
+    np.testing.assert_allclose(log_b, np.log(stored[range(len(stored)), data.action]), rtol=1e-6)
+    assert np.exp(log_b).mean() > 0.5  # most actions are the likelier ones
+    assert datasets.infos(data, "nothing") is None
+
+
+def test_damaged_probabilities(tmp_path):
+    folder = shutil.copytree(ROOT / "data/stillwater/cartpole/replay-v0", tmp_path / "set-v0")
+    with h5py.File(folder / "data/main_data.hdf5", "r+") as file:
+        rows = file["episode_3/infos/probability"][:-1]
+        del file["episode_3/infos/probability"]
+        file["episode_3/infos/probability"] = rows
+    data = datasets.load(str(folder))
+    with pytest.raises(datasets.DatasetError, match="infos/probability: numbers of rows differ"):
+        datasets.infos(data, "probability")
