@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common import evaluation
-from common.datasets import arrow, cache, memory, readers, recorded, sources
+from common.datasets import arrow, cache, memory, ogbench, readers, recorded, sources
 from common.datasets.checked import CheckedFile, DatasetError
 from common.datasets.d4rl import REFERENCE, Source
 from common.datasets.dataset import Dataset
@@ -16,7 +16,7 @@ from common.experiment import printable, runtime
 
 
 def load(name: str | list[str], env_id: str = "") -> Dataset:
-    """The Dataset `name`: a D4RL name, a Minari id, or a path to an HDF5 file in D4RL's layout.
+    """The Dataset `name`: a D4RL name, a Minari id, an OGBench task, or a path to an HDF5 file.
 
     Several names, in a list or separated by commas, are joined as by `join`.
     env_id: Gymnasium id to score a file on, with options or without, as in
@@ -27,6 +27,9 @@ def load(name: str | list[str], env_id: str = "") -> Dataset:
         name = name.split(",")
     if not isinstance(name, str):
         return join([load(one.strip(), env_id) for one in name])
+    if ogbench.split(name):
+        fields, origin = ogbench.arrays(name)
+        return _from_fields(name, fields, origin)
     source, origin = sources.find(name, env_id)
     metadata = {}
     if source.layout == "Minari":
@@ -58,13 +61,16 @@ def from_arrays(
     (N, D). Without timeout and next_obs, episodes are cut at the time limit of `env_id`.
     env_id: Gymnasium id to score on. name: used for run folders. Raises DatasetError.
     """
-    fields = dict(
-        obs=obs, action=action, reward=reward, done=done, timeout=timeout, next_obs=next_obs
-    )
-    source = Source(name, "arrays", env_id)
+    fields = dict(obs=obs, action=action, reward=reward, done=done, timeout=timeout)
+    return _from_fields(name, fields | dict(next_obs=next_obs, env_id=env_id), "memory")
+
+
+def _from_fields(name, fields, origin):
+    """The Dataset of the arguments of `from_arrays`."""
+    source = Source(name, "arrays", fields["env_id"])
     env, *told = recorded.environment(source, {})
     arrays, facts = read(memory.Arrays(name, fields), source, env)
-    return _dataset(name, arrays, facts, source, "memory", {}, env, *told)
+    return _dataset(name, arrays, facts, source, origin, {}, env, *told)
 
 
 def join(parts: list[Dataset]) -> Dataset:

@@ -167,11 +167,18 @@ def make_raw(env_id, **kwargs):
 
 
 def register(name):
-    """Registers the environments of gymnasium-robotics if `name` is a maze or unknown.
+    """Registers the environments of gymnasium-robotics if `name` is a maze or unknown, and
+    OGBench's for a single task.
 
     Raises ImportError for a maze if the package is missing.
     """
     is_maze = name.startswith(("PointMaze_", "AntMaze_"))
+    if "-singletask-" in name:
+        # its environments make a new space, of float64, and warn, at each access
+        warnings.filterwarnings("ignore", ".*precision lowered by casting")
+        with contextlib.suppress(ImportError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import ogbench  # noqa: F401
     if name in gymnasium.registry and not is_maze:
         return
     try:
