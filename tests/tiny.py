@@ -20,6 +20,11 @@ RUN = dict(
     batch_size=8,
 )  # fmt: skip
 DISCRETE = [path.stem for path in FILES if '\nACTIONS = ("discrete",)' in path.read_text("utf-8")]
+TWINS = {  # slow to compile, and most of the text is a sibling's: their longest tests run weekly
+    "diffuser": "decision_diffuser",
+    "mobile": "combo",
+    "mopo": "combo",
+}
 OWN = {
     "fql": dict(chunk=3),  # which makes it a policy with memory
     "brac": dict(divergence="wasserstein"),  # which trains all its networks

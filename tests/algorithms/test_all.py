@@ -57,6 +57,12 @@ class Listener(logging.Handler):
         self.names += re.findall(r"Compiling jit\((\w+)\)", record.getMessage())
 
 
+OFTEN = [
+    pytest.param(name, marks=pytest.mark.slow) if name in tiny.TWINS else name
+    for name in tiny.NAMES
+]
+
+
 @pytest.fixture(scope="module", params=tiny.NAMES)
 def whole(request, kinds, tmp_path_factory):
     """A run by the command line: name, data, module, folder and what the command said."""
@@ -174,6 +180,7 @@ def test_the_weights_learn_and_no_two_seeds_are_alike(whole):
 # --- From Python, and however it is cut ---
 
 
+@pytest.mark.parametrize("whole", OFTEN, indirect=True)
 def test_train_from_python_gives_the_commands_bits_in_chunks_of_any_size(whole, tmp_path, no_curve):
     """The state of `train(cfg, dataset)`, without a command line, in chunks of 50 updates and with
     one evaluation; the command's were of 10, with two evaluations."""
@@ -198,6 +205,7 @@ class Killed(BaseException):
     """Ends a run where SIGKILL would."""
 
 
+@pytest.mark.parametrize("whole", OFTEN, indirect=True)
 def test_interrupted_and_killed_it_ends_with_the_same_bits(whole, tmp_path, no_curve, monkeypatch):
     """Ctrl-C at step 10, no evaluation; killed at step 70 before anything is saved; resumed."""
     record = experiment.Run.record
@@ -232,6 +240,7 @@ def test_interrupted_and_killed_it_ends_with_the_same_bits(whole, tmp_path, no_c
     assert table(folder) == table(whole.folder)
 
 
+@pytest.mark.parametrize("whole", OFTEN, indirect=True)
 def test_a_seed_of_many_is_that_seed_alone(whole, tmp_path, no_curve):
     """The second seed, 100 updates by itself: the same to float32's rounding."""
     cfg = tiny.config(whole.name, seed=1, num_seeds=1, eval_episodes=0, out=str(tmp_path))

@@ -58,7 +58,7 @@ def test_trains_on_bundled_data_from_any_folder_as_a_user_compiles_it(tmp_path):
     trains("iql", tmp_path, [], tmp_path / "home")
 
 
-@pytest.mark.parametrize("name", ["combo", "dt", "diffuser"])
+@pytest.mark.parametrize("name", ["combo", "dt", "decision_diffuser"])
 def test_trains_on_a_file(name, tmp_path):
     """A file of each other kind: with a model, of sequences, of plans; programs of test_all.py."""
     tiny.write(tmp_path / "tiny.hdf5")

@@ -513,6 +513,7 @@ def test_what_does_not_fit_is_refused(changes, message, dataset):
 # --- Learned ---
 
 
+@pytest.mark.slow
 def test_two_conditions_on_independent_axes_compose():
     """After a first state of 0, (a, b) = (+-1, +-1), each with its own coin. Told one thing at a
     time, it plans (1, b) for `a positive`, (1, 1) for both, and -1 where that is to be avoided."""

@@ -590,8 +590,8 @@ def test_cache_serves_the_second_load_until_the_file_changes(tmp_path, monkeypat
     path = write(tmp_path / "a.hdf5", fields)
     first = datasets.load(path)
     opened = []
-    file = checked.CheckedFile
-    monkeypatch.setattr(checked, "CheckedFile", lambda path: opened.append(path) or file(path))
+    file = loading.CheckedFile
+    monkeypatch.setattr(loading, "CheckedFile", lambda path: opened.append(path) or file(path))
     second = datasets.load(path)
     assert not opened
     assert same(first.transitions(), second.transitions())
