@@ -7,7 +7,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot, ticker
 
 from benchmarks.scores.runs import (
-    STANDARD,
     behaviour,
     finished,
     matrix,
@@ -17,45 +16,56 @@ from benchmarks.scores.runs import (
 from common.experiment import statistics
 
 OKABE_ITO = "0.6 0.2 #e69f00 #0072b2 #d55e00 #cc79a7 #009e73 #56b4e9".split()
-MORE = [matplotlib.colors.to_hex(x) for x in matplotlib.colormaps["tab20"].colors]
-COLORS = dict(zip(STANDARD, OKABE_ITO + MORE, strict=False))
+KINDS = {  # a panel for each: more lines than these cannot be told apart
+    "imitation": "BC|BC-categorical|10%BC|RvS|DT|Diffuser|Decision Diffuser",
+    "policy constraint": "TD3+BC|ReBRAC|BCQ|discrete BCQ|BEAR|BRAC|FQL",
+    "implicit constraint": "AWR|AWAC|IQL",
+    "value": "SAC|DQN|EDAC|CQL|discrete CQL|Cal-QL|RLPD",
+    "model": "MBPO|MOPO|MOBILE|COMBO",
+}
+KINDS = {kind: names.split("|") for kind, names in KINDS.items()}
+COLORS = {
+    name: color
+    for names in KINDS.values()
+    for name, color in zip(names, OKABE_ITO[::-1], strict=False)
+}
 LEVELS = {"data's mean": "--", "behaviour policy, greedy": ":"}
 DASHES = {True: "-", False: (0, (3, 1))}  # more than one seed; one
 
 
 def curves(runs, path):
-    """A panel for each dataset: score against updates, mean of the seeds and their range.
+    """Score against updates, mean of the seeds and their range: a row of panels for each kind.
 
-    The runs of the headline's table.
+    The runs of the headline's table; a column for each dataset.
     """
     datasets, best = finished(runs)
-    about = {dataset: run for (_, dataset), run in best.items()}
-    rows = -(-len(datasets) // 3)
-    columns = -(-len(datasets) // rows)
-    size = 4.1 * columns + 0.4, (4.2 if rows == 1 else 3.3) * rows
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
-    for axis in axes.flat[len(datasets) :]:
-        axis.remove()
-    for axis, dataset in zip(axes.flat, datasets, strict=False):
-        found = {name: run for (name, where), run in best.items() if where == dataset}
-        for name, run in found.items():
-            x, y = np.array(sorted(run["curve"])), [run["curve"][t] for t in sorted(run["curve"])]
-            lows, highs, mean = np.min(y, 1), np.max(y, 1), np.mean(y, 1)
-            axis.plot(x, mean, color=COLORS[name], lw=1.8, ls=DASHES[len(y[0]) > 1])
-            axis.plot(x[-1], mean[-1], "o", color=COLORS[name], ms=5)
-            axis.fill_between(x, lows, highs, color=COLORS[name], alpha=0.15, lw=0)
-        levels = behaviour(about[dataset])
-        for name in LEVELS.keys() & levels:
-            y = score(about[dataset], levels[name])
-            axis.axhline(y, color="k", ls=LEVELS[name], lw=1, zorder=1)
+    kinds = kinds_of({name for name, _ in best})
+    size = 3.6 * len(datasets) + 2.2, 2.1 * len(kinds) + 0.6
+    shape = dict(figsize=size, sharex=True, sharey=True, squeeze=False)
+    figure, axes = pyplot.subplots(len(kinds), len(datasets), **shape)
+    for row, (kind, names) in zip(axes, kinds.items(), strict=True):
+        for axis, dataset in zip(row, datasets, strict=True):
+            found = {name: best[name, dataset] for name in names}
+            for name, run in found.items():
+                x = np.array(sorted(run["curve"]))
+                y = [run["curve"][t] for t in x]
+                lows, highs, mean = np.min(y, 1), np.max(y, 1), np.mean(y, 1)
+                axis.plot(x, mean, color=COLORS[name], lw=1.8, ls=DASHES[len(y[0]) > 1])
+                axis.plot(x[-1], mean[-1], "o", color=COLORS[name], ms=5)
+                axis.fill_between(x, lows, highs, color=COLORS[name], alpha=0.15, lw=0)
+            run = next(iter(found.values()))
+            levels = behaviour(run)
+            for name in LEVELS.keys() & levels:
+                axis.axhline(score(run, levels[name]), color="k", ls=LEVELS[name], lw=1, zorder=1)
+            axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+            clean(axis)
+        row[0].set_ylabel("normalised score")
+        beside(row[-1], kind, names)
+    for axis, dataset in zip(axes[0], datasets, strict=True):
         axis.set_title(short(dataset), fontsize=11)
+    for axis in axes[-1]:
         axis.set(xlabel="gradient updates", xlim=(0, None))
-        axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-        clean(axis)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("normalised score")
-    names = [name for name in STANDARD if any(name == found for found, _ in best)]
-    lines = [pyplot.Line2D([], [], color=COLORS[name], lw=3, label=name) for name in names]
+    lines = []
     for label, style in LEVELS.items():
         if any(label in behaviour(run) for run in best.values()):
             lines.append(pyplot.Line2D([], [], color="k", ls=style, lw=1, label=label))
@@ -64,27 +74,40 @@ def curves(runs, path):
     finish(figure, lines, path)
 
 
+def kinds_of(found):
+    """{kind: names} of KINDS, of those names alone that are found."""
+    kinds = {kind: [x for x in names if x in found] for kind, names in KINDS.items()}
+    return {kind: names for kind, names in kinds.items() if names}
+
+
+def beside(axis, kind, names):
+    """A legend of the names to the right of a panel, under the kind."""
+    lines = [pyplot.Line2D([], [], color=COLORS[name], lw=3, label=name) for name in names]
+    place = dict(loc="center left", bbox_to_anchor=(1, 0.5), alignment="left")
+    axis.legend(handles=lines, title=kind, fontsize=9.5, frameon=False, **place)
+
+
 def profiles(datasets, found, path):
     """Share of all runs, of seeds and datasets, whose score is above tau; 95 % bootstrap bands."""
-    figure, axis = pyplot.subplots(figsize=(7.2, 4.2))
-    scores = {name: matrix(runs) for name, runs in found.items()}
+    kinds, scores = kinds_of(found), {name: matrix(runs) for name, runs in found.items()}
     every = np.concatenate([x.ravel() for x in scores.values()])
     tau = np.linspace(min(0, every.min()) - 1, every.max() + 3, 400)
-    for name, x in scores.items():
-        line = {"color": COLORS[name], "lw": 1.8, "ls": DASHES[x.shape[1] > 1]}
-        axis.step(tau, statistics.profile(x, tau), **line)
-        if x.shape[1] > 1:
-            band = statistics.profile_band(x, tau)
-            axis.fill_between(tau, *band, color=COLORS[name], alpha=0.12, lw=0, step="pre")
-    axis.set(xlabel="normalised score", ylabel="share of runs with a higher score")
-    axis.set_title(", ".join(map(short, datasets)), fontsize=11)
-    axis.yaxis.set_major_formatter(ticker.PercentFormatter(1))
-    clean(axis)
-    lines = []
-    for name, x in scores.items():
-        label = f"{name}, {x.shape[1]} x {found[name][0]['updates']:,} updates"
-        lines.append(pyplot.Line2D([], [], color=COLORS[name], lw=3, label=label))
-    finish(figure, lines, path)
+    shape = dict(figsize=(8.2, 2.1 * len(kinds) + 0.7), sharex=True, sharey=True, squeeze=False)
+    figure, axes = pyplot.subplots(len(kinds), 1, **shape)
+    for axis, (kind, names) in zip(axes[:, 0], kinds.items(), strict=True):
+        for name in names:
+            x = scores[name]
+            line = {"color": COLORS[name], "lw": 1.8, "ls": DASHES[x.shape[1] > 1]}
+            axis.step(tau, statistics.profile(x, tau), **line)
+            if x.shape[1] > 1:
+                band = statistics.profile_band(x, tau)
+                axis.fill_between(tau, *band, color=COLORS[name], alpha=0.12, lw=0, step="pre")
+        axis.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+        clean(axis)
+        beside(axis, kind, names)
+    axes[0, 0].set_title(f"share of runs above a score: {', '.join(map(short, datasets))}")
+    axes[-1, 0].set_xlabel("normalised score")
+    finish(figure, [], path)
 
 
 def speed(ours, path):
@@ -128,10 +151,11 @@ def clean(axis):
 
 
 def finish(figure, lines, path):
-    """Saves it with one legend below."""
+    """Saves it with one legend below, unless there are no lines."""
     columns = max(3, min(len(lines), int(figure.get_figwidth() / 2)))
     figure.tight_layout()
     below = dict(loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns, frameon=False)
-    figure.legend(handles=lines, fontsize=9.5, **below)
+    if lines:
+        figure.legend(handles=lines, fontsize=9.5, **below)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)

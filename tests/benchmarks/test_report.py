@@ -13,6 +13,7 @@ import scipy.stats
 
 from benchmarks import report
 from benchmarks.scores import __main__ as scores
+from benchmarks.scores import figures
 from benchmarks.scores import runs as score_runs
 from benchmarks.scores import tables as score_tables
 from benchmarks.speed import __main__ as speed
@@ -52,6 +53,13 @@ def test_a_page_is_filled():
     assert filled.endswith(
         f"\n<!-- end of resume -->\nb\n| [`iql.py`](algorithms/iql.py) | 1 | {lines} |\n"
     )
+
+
+def test_every_method_has_a_colour_of_its_own_in_its_panel():
+    named = [name for names in figures.KINDS.values() for name in names]
+    assert sorted(named) == sorted(score_runs.STANDARD)
+    for names in figures.KINDS.values():
+        assert len({figures.COLORS[name] for name in names}) == len(names)
 
 
 UNTIMED = set(
