@@ -58,7 +58,9 @@ def test_trains_on_bundled_data_from_any_folder_as_a_user_compiles_it(tmp_path):
     trains("iql", tmp_path, [], tmp_path / "home")
 
 
-@pytest.mark.parametrize("name", ["combo", "dt", "decision_diffuser"])
+@pytest.mark.parametrize(
+    "name", ["combo", "dt", pytest.param("decision_diffuser", marks=pytest.mark.slow)]
+)
 def test_trains_on_a_file(name, tmp_path):
     """A file of each other kind: with a model, of sequences, of plans; programs of test_all.py."""
     tiny.write(tmp_path / "tiny.hdf5")
@@ -95,6 +97,7 @@ def test_a_copy_beside_common_works_with_a_file(tmp_path):
     assert len(list(tmp_path.glob("runs/*/*/*"))) == 1  # no folder for a run that never was
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_as_an_uninterrupted_run(tmp_path):
     """Killed after its first checkpoint; the metrics and the weights are those of a whole run."""
     words = ["--num-updates", "30000", "--eval-every", "5000", "--eval-episodes", "1"]

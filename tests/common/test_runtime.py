@@ -68,6 +68,7 @@ def first(tmp_path_factory):
     return folder / "home", *train(folder / "home", folder / "runs")[:2]
 
 
+@pytest.mark.slow
 def test_seeds_on_four_devices_learn_what_they_learn_on_one(first, tmp_path):
     _, metrics, returns = first
     four, four_returns, _ = train(tmp_path / "home", tmp_path / "four", devices=4)
