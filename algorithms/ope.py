@@ -490,6 +490,10 @@ def behaviour_log_prob(dataset, data, key, cfg):
     stored = datasets.infos(dataset, "probability") if dataset.num_actions else None
     if stored is not None:
         chosen = np.take_along_axis(stored, dataset.action[:, None], 1)[:, 0]
+        if not ((chosen > 0) & (chosen <= 1)).all():
+            raise SystemExit(
+                f"{dataset.name}: an action was taken with a probability not in (0, 1]."
+            )
         return np.log(np.float64(chosen)), "stored with the data"
     return cloned(data, key, cfg), f"cloned from the data in {cfg.clone_updates:,} updates"
 

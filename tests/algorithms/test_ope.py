@@ -402,6 +402,16 @@ def test_stored_probabilities_are_used():
     assert datasets.infos(data, "nothing") is None
 
 
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_a_probability_that_cannot_be_is_refused(value, monkeypatch):
+    """Its weight would be infinite, or wrong."""
+    data = datasets.load("stillwater/cartpole/replay-v0")
+    wrong = np.full((len(data.obs), 2), value, np.float32)
+    monkeypatch.setattr(datasets, "infos", lambda *_: wrong)
+    with pytest.raises(SystemExit, match="probability not in"):
+        ope.behaviour_log_prob(data, None, None, CFG)
+
+
 def test_damaged_probabilities(tmp_path):
     folder = shutil.copytree(ROOT / "data/stillwater/cartpole/replay-v0", tmp_path / "set-v0")
     with h5py.File(folder / "data/main_data.hdf5", "r+") as file:
