@@ -39,6 +39,7 @@ import tyro
 from flax import serialization
 
 from algorithms import discrete_cql
+from benchmarks.collect import recording
 from benchmarks.collect.recording import (
     FIELDS,
     cut,
@@ -119,27 +120,21 @@ def play(envs, state, kind, rng, num_steps):
 
     state: of the policy. kind: of EPSILONS. Returns {name: array} of FIELDS and "probability".
     """
-    episodes, total = [], 0
     values, weights = zip(*EPSILONS[kind], strict=True)
-    while total < num_steps:
-        seeds = rng.integers(0, 2**31, len(envs))
-        obs = [env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds, strict=True)]
+
+    def begin():
         epsilon = rng.choice(values, len(envs), p=weights)
-        rows, alive = [[] for _ in envs], list(range(len(envs)))
-        while alive:
-            best = np.asarray(greedy(state, np.stack(obs).astype(np.float32)))
-            for i in list(alive):
-                p = mixed(best[i], epsilon[i])
-                action = draw(p, rng)
-                next_obs, reward, terminated, truncated, _ = envs[i].step(action)
-                rows[i].append((obs[i], action, reward, next_obs, terminated, truncated, p))
-                obs[i] = next_obs
-                if terminated or truncated:
-                    alive.remove(i)
-        episodes += rows
-        total += sum(map(len, rows))
-    flat = [row for episode in episodes for row in episode]
-    return {name: np.array([row[i] for row in flat]) for i, name in enumerate(NAMES)}
+
+        def take(best, i):
+            p = mixed(best, epsilon[i])
+            return draw(p, rng), p
+
+        return take
+
+    def policy(obs):
+        return greedy(state, obs.astype(np.float32))
+
+    return recording.play(envs, policy, rng, num_steps, begin, NAMES)
 
 
 def fresh(cfg, env):

@@ -20,29 +20,32 @@ from common.evaluation import options
 FIELDS = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
 
 
-def play(envs, policy, rng, num_steps):
+def play(envs, policy, rng, num_steps, begin=None, names=FIELDS):
     """Whole episodes, in rounds of one per environment, until there are `num_steps` rows.
 
-    policy: obs (n, D) -> action (n, A). Returns {name: array} of `FIELDS`, one episode after
-    another.
+    policy: obs (n, D) -> action (n, A). begin: makes for each round a function of the policy's
+    action of environment i and of i, which returns the action to take and more columns. Returns
+    {name: array} of `names`, one episode after another.
     """
     episodes, total = [], 0
     while total < num_steps:
         seeds = rng.integers(0, 2**31, len(envs))
         obs = [env.reset(seed=int(seed))[0] for env, seed in zip(envs, seeds, strict=True)]
+        take = begin() if begin else lambda action, i: (action,)
         rows, alive = [[] for _ in envs], list(range(len(envs)))
         while alive:
             actions = np.asarray(policy(np.stack(obs)))
             for i in list(alive):
-                next_obs, reward, terminated, truncated, _ = envs[i].step(actions[i])
-                rows[i].append((obs[i], actions[i], reward, next_obs, terminated, truncated))
+                action, *more = take(actions[i], i)
+                next_obs, reward, terminated, truncated, _ = envs[i].step(action)
+                rows[i].append((obs[i], action, reward, next_obs, terminated, truncated, *more))
                 obs[i] = next_obs
                 if terminated or truncated:
                     alive.remove(i)
         episodes += rows
         total += sum(map(len, rows))
     flat = [row for episode in episodes for row in episode]
-    return {k: np.array([row[i] for row in flat]) for i, k in enumerate(FIELDS)}
+    return {k: np.array([row[i] for row in flat]) for i, k in enumerate(names)}
 
 
 def boundaries(rows):
