@@ -112,27 +112,27 @@ def profiles(datasets, found, path):
 
 def speed(ours, path):
     """Share of the machine's rate on one core and on two; updates of all seeds, to one seed's."""
-    figure, (bars, lines) = pyplot.subplots(1, 2, figsize=(10.5, 4.2))
+    height = 1.5 + 0.19 * sum(row["seeds"] == 1 for row in ours[1]["rows"])
+    figure, (bars, lines) = pyplot.subplots(1, 2, figsize=(10.5, height))
     for i, (cores, file) in enumerate(ours.items()):
         rows = [row for row in file["rows"] if row["seeds"] == 1 and "share" in row]
         y = np.arange(len(rows)) + (i - 0.5) * 0.38
         label = f"{cores} core" + "s" * (cores > 1)
         shares = [row["share"] for row in rows]
         bars.barh(y, shares, 0.36, color=OKABE_ITO[3 + i], label=label)
-        bars.set_yticks(range(len(rows)), [row["row"] for row in rows])
+        bars.set_yticks(range(len(rows)), shown := [row["row"] for row in rows])
     bars.invert_yaxis()
     bars.axvline(1, color="k", lw=1, ls=":")
     bars.set(xlabel="share of the rate of its matrix products alone")
     bars.xaxis.set_major_formatter(ticker.PercentFormatter(1))
     bars.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=9.5)
-    alone = {row["row"]: row["us"] for row in ours[1]["rows"] if row["seeds"] == 1}
-    alone = {name: us for name, us in alone.items() if "," not in name}  # each algorithm once
-    for name, color in zip(alone, OKABE_ITO, strict=False):
+    several = {row["row"] for row in ours[1]["rows"] if row["seeds"] > 1}
+    names = [name for name in shown if name in several and "," not in name]  # each algorithm once
+    for name, color in zip(names, OKABE_ITO, strict=False):
         rows = [row for row in ours[1]["rows"] if row["row"] == name]
-        seeds = np.array([row["seeds"] for row in rows])
-        if len(seeds) > 1:
-            y = seeds * alone[name] / [row["us"] for row in rows]
-            lines.plot(seeds, y, "o-", color=color, lw=1.8, ms=4, label=name)
+        seeds, us = np.array([[row["seeds"], row["us"]] for row in rows]).T
+        y = seeds * us[0] / us
+        lines.plot(seeds, y, "o-", color=color, lw=1.8, ms=4, label=name)
     lines.axhline(1, color="k", lw=1, ls=":")
     lines.set(xlabel="seeds, on one core", ylabel="updates per second of all, to one seed's")
     lines.set_xscale("log", base=2)

@@ -1,7 +1,7 @@
 """How fast is an update, and how near to what the machine can do?
 
-    python -m benchmarks.speed                            # all rows, half an hour or so
-    python -m benchmarks.speed --only iql cql --seeds 1   # some of them
+    python -m benchmarks.speed                            # all rows, an hour or so
+    python -m benchmarks.speed --only iql cql --seeds 1   # these anew; the file keeps the others
 
 Each row is measured in a process of its own, with its own compilation and peak memory: data of
 HalfCheetah, the algorithm's own `train_chunk`, which also draws the rows, and one seed or several
@@ -13,9 +13,9 @@ under vmap.
   or by NumPy's BLAS, whichever is faster
 - share: the FLOP/s of the whole update, divided by the machine's rate
 
-Writes benchmarks/results/speed.json. Only ratios within one run are meaningful, because machines
-differ and one machine varies from hour to hour. Other implementations: python -m
-benchmarks.speed.peers.
+Writes benchmarks/results/speed.json. Machines differ, and one machine varies from hour to hour: of
+rows that were measured at different times only the shares can be compared. Other implementations:
+python -m benchmarks.speed.peers.
 """
 
 import json
@@ -284,19 +284,36 @@ def apart(module, words, cores, root=ROOT):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def kept(file, facts):
+    """What `file` holds, if it was measured on such a machine with these versions; else no rows."""
+    old = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    same = facts.items() <= old.items()
+    return facts | {"rows": old["rows"] if same else []}
+
+
+def merge(rows, row):
+    """Puts a row among `rows`, in the order of UPDATES and OTHERS; it replaces an older one."""
+    order = [*UPDATES, *OTHERS]
+    rows[:] = [x for x in rows if (x["row"], x["seeds"]) != (row["row"], row["seeds"])] + [row]
+    rows.sort(key=lambda x: (order.index(x["row"]), x["seeds"]))
+
+
 def main(cfg: Config):
     if cfg.row:
         name, seeds = cfg.row.rsplit(":", 1)
         print(json.dumps(measure(name, int(seeds), cfg), default=list))
         return
-    facts = experiment.machine() | {"cores": cfg.cores, "rows": []}
-    facts["time"] = time.strftime("%FT%TZ", time.gmtime())
+    machine = experiment.machine()
+    own = {"commit": machine["commit"], "time": time.strftime("%FT%TZ", time.gmtime())}
+    facts = {x: machine[x] for x in ("versions", "device")} | {"cores": cfg.cores}
+    facts = kept(Path(cfg.out), facts)
     for name in cfg.only:
         for seeds in cfg.seeds if name in UPDATES else [1]:
             words = ["--row", f"{name}:{seeds}"]
             words += ["--seconds", str(cfg.seconds), "--chunks", str(cfg.chunks)]
-            facts["rows"].append(row := apart("benchmarks.speed", words, cfg.cores))
+            row = apart("benchmarks.speed", words, cfg.cores) | own
             print(f"{name}, {seeds} seed{'s' * (seeds > 1)}: {summary(row)}", flush=True)
+            merge(facts["rows"], row)
             Path(cfg.out).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 
 
