@@ -203,6 +203,19 @@ def stitching_table(runs):
     return markdown(["", "A to C", "A to F"], lines)
 
 
+def generalisation_table(record):
+    """The numbers of studies/generalisation."""
+    lines = []
+    for task, found in record.items():
+        for what, title in (("mean", "data's mean"), ("best", "data's best episode")):
+            lines.append([task, f"*{title}*", f"*{found['data'][what]:,.0f}*", "", ""])
+        for row in found["rows"]:
+            cell = f"{row['mean']:,.0f} [{row['low']:,.0f}, {row['high']:,.0f}]"
+            seeds = f"{row['seeds']}" + f", {row['diverged']} diverged" * bool(row["diverged"])
+            lines.append([task, row["run"], cell, f"{row['updates']:,}", seeds])
+    return markdown(["task", "policy", "return [95 % interval]", "updates", "seeds"], lines)
+
+
 def trust_table(stored):
     """One number and one link for each claim of the first page."""
     parity = [row for row in stored("parity") if not row["differs"]]
@@ -312,6 +325,7 @@ TABLES = {  # name in a page: what stands there
     "settling checkpoints": lambda stored: checkpoint_table(stored("settling")["checkpoints"]),
     "planning": lambda stored: planning_table(stored("planning")["rows"]),
     "stitching": lambda stored: stitching_table(stored("stitching")["runs"]),
+    "generalisation": lambda stored: generalisation_table(stored("generalisation")),
     "speed": lambda stored: speed_tables.own_table(stored.speed()[0]),
     "speed of seeds": lambda stored: speed_tables.seeds_table(stored.speed()[0]),
     "speed of a million": lambda stored: speed_tables.million_table(stored("speed-seeds")),
