@@ -35,7 +35,7 @@ def agree(name, count):
     assert env.spec.max_episode_steps == (100 if name in DRAWERS else 1000)
     obs, action, next_obs, reward = steps(env, count)
     expected = tasks.REWARDS[name](obs, action, next_obs)
-    assert np.std(reward) > 0.1
+    assert np.std(reward) > 0.02
     np.testing.assert_allclose(expected, reward, rtol=1e-6, atol=5e-6)
 
 
@@ -102,6 +102,7 @@ def test_all_else_is_half_cheetah():
 def test_all_else_is_ant():
     """As Ant-v5 without contact forces; the reward is its own but for speed's definition."""
     kwargs = dict(include_cfrc_ext_in_observation=False, contact_cost_weight=0)
+    kwargs["terminate_when_unhealthy"] = False
     ours, theirs = evaluation.make("AntRun-v0"), gymnasium.make("Ant-v5", **kwargs)
     mine, known = steps(ours, 100), steps(theirs, 100)
     np.testing.assert_array_equal(mine[2], known[2])
@@ -122,7 +123,7 @@ def test_the_drawer_is_where_its_observation_says(name):
     assert all(0 <= x <= 1 for x in opening)
     assert np.allclose(opening, 1) == (name == "DrawerClose-v0")
     hand, handle, _ = tasks.drawer(starts[0])
-    data = env.unwrapped.data
+    data = env.unwrapped.scene.data
     np.testing.assert_allclose(hand, data.site("ur5e/robotiq/pinch").xpos, atol=1e-9)
     np.testing.assert_allclose(handle, data.site("drawer_handle_center").xpos, atol=2e-3)
 

@@ -98,27 +98,28 @@ class Rewarded(gymnasium.Wrapper):
         return self.obs, float(self.reward(before, action, self.obs)), *ends, info
 
 
-class Drawer(gymnasium.Wrapper):
+class Drawer(gymnasium.Env):
     """OGBench's scene with nothing locked and a drawer that starts open, or anywhere."""
 
-    def __init__(self, env, starts_open):
-        super().__init__(env)
-        self.starts_open = starts_open
-        obs, _ = env.reset(seed=0)
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, obs.shape)
-        self.action_space = gymnasium.spaces.Box(-1, 1, (5,))
+    action_space = gymnasium.spaces.Box(-1, 1, (5,))
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (40,))
 
-    def reset(self, **kwargs):
-        _, info = self.env.reset(**kwargs)  # of a random scene
+    def __init__(self, starts_open, **kwargs):
+        from ogbench.manipspace.envs.scene_env import SceneEnv  # an extra
+
+        self.scene = SceneEnv("scene", mode="data_collection", terminate_at_goal=False, **kwargs)
+        self.starts_open = starts_open
+
+    def reset(self, *, seed=None, options=None):
+        _, info = self.scene.reset(seed=seed)  # of a random scene
         if self.starts_open:
-            slide = self.env.model.joint("drawer_slide").qposadr[0]
-            info["qpos"][slide] = -TRAVEL
-        self.env.set_state(info["qpos"], info["qvel"], np.array([1, 1]))  # both buttons
-        return self.env.compute_observation(), {}
+            info["qpos"][self.scene.model.joint("drawer_slide").qposadr[0]] = -TRAVEL
+        self.scene.set_state(info["qpos"], info["qvel"], np.array([1, 1]))  # both buttons
+        return self.scene.compute_observation(), {}
 
     def step(self, action):
-        obs, reward, *_ = self.env.step(action)
-        return obs, reward, False, False, {}
+        obs, *_ = self.scene.step(action)
+        return obs, 0.0, False, False, {}
 
 
 def make(name, **kwargs):
@@ -129,10 +130,7 @@ def make(name, **kwargs):
         shape = dict(include_cfrc_ext_in_observation=False, terminate_when_unhealthy=False)
         env = gymnasium.make("Ant-v5", **shape, **kwargs).unwrapped
     else:
-        from ogbench.manipspace.envs.scene_env import SceneEnv
-
-        scene = SceneEnv("scene", mode="data_collection", terminate_at_goal=False, **kwargs)
-        env = Drawer(scene, name == TASKS["drawer-close"].env_id)
+        env = Drawer(starts_open=name == TASKS["drawer-close"].env_id, **kwargs)
     return Rewarded(env, REWARDS[name])
 
 
