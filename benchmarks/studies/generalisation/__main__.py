@@ -104,8 +104,8 @@ def learn(cfg, own):
 
 
 def script(cfg, own):
-    """Rows of the script in equal parts: with noise of std 0.1, 0.5, 1, and uniform actions."""
-    rng, noise = np.random.default_rng(cfg.seed), (0.1, 0.5, 1.0, None)
+    """Rows of the script in equal parts: with noise of std 0.1, 0.2, 0.3, and uniform actions."""
+    rng, noise = np.random.default_rng(cfg.seed), (0.1, 0.2, 0.3, None)
 
     def take(action, i):
         if noise[i] is None:
