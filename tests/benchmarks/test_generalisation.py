@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tyro
 
+from benchmarks.report import generalisation_table
 from benchmarks.studies.generalisation import __main__ as study
 from benchmarks.studies.generalisation import tasks
 from common import datasets, evaluation, experiment
@@ -161,6 +162,16 @@ def test_mbpo_is_told_from_mopo():
 def test_no_run_is_no_table(tmp_path):
     with pytest.raises(SystemExit, match="no finished run"):
         study.report(study.Report(out=str(tmp_path), results=str(tmp_path)))
+
+
+def test_the_table_shows_the_data_and_the_runs():
+    run = {"run": "MOPO", "mean": 1234.5, "low": 1000.2, "high": 1400.0}
+    run |= {"seeds": 2, "diverged": 1, "updates": 20_000}
+    record = {"jump": {"data": {"mean": -3.0, "best": 800.0}, "rows": [run]}}
+    lines = generalisation_table(record).splitlines()
+    assert lines[2] == "| jump | *data's mean* | *-3* |  |  |"
+    assert lines[4] == "| jump | MOPO | 1,234 [1,000, 1,400] | 20,000 | 2, 1 diverged |"
+    assert len(lines) == 5
 
 
 @pytest.mark.slow
