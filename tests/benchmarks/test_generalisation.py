@@ -148,7 +148,7 @@ def test_every_command_is_one_that_its_file_accepts(task):
     for file, *words in found:
         module = importlib.import_module(file.removeprefix("algorithms/").removesuffix(".py"))
         cfg = experiment.resolve(tyro.cli(module.Config, args=words), getattr(module, "TUNED", {}))
-        assert (cfg.env, cfg.num_updates, cfg.eval_every) == (study.dataset(task), 40_000, 4000)
+        assert (cfg.env, cfg.num_updates, cfg.eval_every) == (study.dataset(task), 40_000, 8000)
         assert getattr(cfg, "horizon", 5) == 5 and not getattr(cfg, "termination", False)
 
 

@@ -73,7 +73,7 @@ class Commands:
     """Prints the command of each algorithm."""
 
     task: Name = "jump"  # see tasks.py
-    num_updates: int = 20_000  # gradient steps
+    num_updates: int = 10_000  # gradient steps
     num_seeds: int = 1  # seeds trained together
     out: str = "runs/generalisation"  # folder with data
 
@@ -158,7 +158,7 @@ def dataset(task):
 
 def commands(cfg):
     """[words after `python`] of each algorithm."""
-    every = max(1, cfg.num_updates // 10_000) * 1_000
+    every = max(1, cfg.num_updates // 5_000) * 1_000  # five evaluations
     end = f"--num-updates {cfg.num_updates} --eval-every {every} --num-seeds {cfg.num_seeds}"
     where = f"--env {dataset(cfg.task)} --env-module {MODULE} --out {cfg.out}"
     found = []
