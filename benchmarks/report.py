@@ -23,7 +23,7 @@ from benchmarks.scores import figures
 from benchmarks.scores import tables as score_tables
 from benchmarks.scores.runs import NAMES, add, comparable_runs, finished, merge, short
 from benchmarks.speed import tables as speed_tables
-from benchmarks.studies import claims_pictures, settling
+from benchmarks.studies import choosing, claims_pictures, online, settling
 from common.experiment import statistics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -311,6 +311,8 @@ TABLES = {  # name in a page: what stands there
     "settling models": lambda stored: model_table(stored("settling")["models"]),
     "settling checkpoints": lambda stored: checkpoint_table(stored("settling")["checkpoints"]),
     "planning": lambda stored: planning_table(stored("planning")["rows"]),
+    "online": lambda stored: online.table(stored("online")),
+    "choosing": lambda stored: choosing.table(stored("choosing")),
     "stitching": lambda stored: stitching_table(stored("stitching")["runs"]),
     "speed": lambda stored: speed_tables.own_table(stored.speed()[0]),
     "speed of seeds": lambda stored: speed_tables.seeds_table(stored.speed()[0]),

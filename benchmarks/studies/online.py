@@ -44,7 +44,7 @@ FLAGS = {  # two layers of 256 units in every network
     "rlpd": "--utd 2 --random-steps 1000",
 }
 SAME = "--batch-size 128 --polyak 0.02 --log-every 500 --eval-every 500"  # of every command
-MAZES = {"rlpd": "--min-critics 1 --no-backup-entropy"}  # the authors' settings for mazes
+MAZES = {"rlpd": "--min-critics 1 --backup-entropy False"}  # the authors' settings for mazes
 NAMES = {"iql": "IQL", "awac": "AWAC", "cal_ql": "Cal-QL", "rlpd": "RLPD"}
 NAMES |= {"cal_ql --no-calibrate": "CQL, as it is"}
 COLOURS = dict(zip(NAMES.values(), ("C0", "C2", "C1", "0.4", "C3"), strict=True))
