@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks/results"
 
 HOPPER, MAZE = "stillwater/hopper/medium-replay-v0", "stillwater/pointmaze-umaze/waypoint-v0"
-CALIBRATED = "--critic-widths 128 128 --num-actions 1"
+CALIBRATED = "--critic-widths 64 64 --num-actions 1"
 FLAGS = {
     "iql": "",
     "awac": "",
@@ -43,7 +43,7 @@ FLAGS = {
     "cal_ql --no-calibrate": CALIBRATED,
     "rlpd": "--utd 2 --random-steps 1000",
 }
-SAME = "--widths 128 128 --batch-size 128 --polyak 0.02 --log-every 500 --eval-every 500"
+SAME = "--widths 64 64 --batch-size 128 --polyak 0.02 --log-every 500 --eval-every 500"
 MAZES = {"rlpd": "--min-critics 1 --backup-entropy False"}  # the authors' settings for mazes
 NAMES = {"iql": "IQL", "awac": "AWAC", "cal_ql": "Cal-QL", "rlpd": "RLPD"}
 NAMES |= {"cal_ql --no-calibrate": "CQL, as it is"}

@@ -23,7 +23,7 @@ def test_every_command_is_one_and_has_both_phases(monkeypatch):
         offline = getattr(cfg, "online_steps", 0) and cfg.num_updates - cfg.online_steps
         assert (cfg.num_updates - offline, offline) in {(2_000, 4_000), (2_000, 0)}
         assert (offline == 0) == (script == "algorithms/rlpd.py")
-        assert cfg.widths == getattr(cfg, "critic_widths", cfg.widths) == (128, 128)
+        assert cfg.widths == getattr(cfg, "critic_widths", cfg.widths) == (64, 64)
         assert (cfg.batch_size, cfg.polyak, cfg.num_seeds) == (128, 0.02, 3)
 
 
