@@ -50,10 +50,10 @@ FIRST = 10_000  # first seed of the environment in recorded episodes; that of th
 @dataclass(frozen=True)
 class Config:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()  # run folders
-    episodes: int = 100  # recorded of each policy; every other one judges
+    episodes: int = 60  # recorded of each policy; every other one judges
     truth_episodes: int = 20  # of the policy with noise that the estimators are about
     gamma: float = 0.99  # discount of estimates
-    num_updates: int = 20_000  # gradient steps of FQE
+    num_updates: int = 10_000  # gradient steps of FQE
     clone_updates: int = 10_000  # gradient steps of the cloned behaviour
     lr: float = 1e-3  # of both
     polyak: float = 0.05  # step of FQE's target network
@@ -73,7 +73,7 @@ def measure(ope, folders, dataset, cfg):
     names = "gamma num_updates clone_updates lr polyak widths seed".split()
     same = {name: getattr(cfg, name) for name in names}
     loaded = [ope.load(folder, dataset) for folder in folders]
-    own = ope.Config(**same, truth=True, episodes=cfg.truth_episodes)
+    own = ope.Config(**same, truth=True, episodes=cfg.truth_episodes, resamples=1)
     rows, source = ope.ope(own, dataset, loaded)
     print(f"Behaviour: {source}.")
     returns = [
@@ -87,6 +87,8 @@ def measure(ope, folders, dataset, cfg):
         _, trained = experiment.read(Path(folder).expanduser().resolve())
         row |= {"updates": trained.num_updates, **origin(folder)}
         row["scores"] = np.round(dataset.score(one), 2).tolist()
+        for name in ope.ESTIMATORS:
+            del row[name]["interval"]  # of one resample
     return rows
 
 
