@@ -185,7 +185,7 @@ def harm_table(rows):
 
 def planning_table(rows):
     """The numbers of studies/planning.py."""
-    names = ["dataset", "Diffuser's planner", "ms a step, 1 episode", "10 episodes", "score"]
+    names = ["dataset", "algorithm", "planner", "ms a step, 1 episode", "10 episodes", "score"]
     lines = []
     for row in rows:
         low, high = statistics.interval(np.array([row["scores"]]))
@@ -193,7 +193,8 @@ def planning_table(rows):
             f"{np.mean(row['scores']):.1f} [{low:.1f}, {high:.1f}], {len(row['scores'])} episodes"
         )
         times = [f"{row[k]:,.0f}" if row[k] >= 100 else f"{row[k]:.2g}" for k in ("ms_1", "ms_10")]
-        lines.append([row["dataset"], row["variant"], *times, score])
+        who = NAMES[row["algorithm"]]
+        lines.append([row["dataset"], who, row["variant"], *times, score])
     return markdown(names, lines)
 
 
