@@ -71,6 +71,7 @@ def test_a_walker_that_remembers_and_one_that_does_not():
     cfg = hidden.Config(seeds=2, episodes=10)
     for remembers in (True, False):
         for world, seen in hidden.WORLDS.items():
-            found = hidden.shares(hidden.play(walker(remembers), None, seen, cfg))
+            state = jnp.zeros(2)
+            found = hidden.shares(hidden.play(walker(remembers), state, seen, cfg))
             right = 1.0 if remembers or world == "seen" else 0.5
             assert found == {"right": [right] * 2, "wrong": [1 - right] * 2, "nowhere": [0.0] * 2}
