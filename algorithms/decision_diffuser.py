@@ -9,6 +9,7 @@ constraint or a skill. Inverse dynamics turn the plan's next state into an actio
     L(phi)       = E[ |a - f(s, s')|^2 ]                             inverse dynamics
     ehat         = eps(x, 0, t) + w sum_i +-(eps(x, y_i, t) - eps(x, 0, t))       guidance
     x_{t-1}      ~ N(mu_t(x0hat, x_t), (alpha sigma_t)^2 I),   alpha < 1          low temperature
+    x0hat        = (x_t - sqrt(1 - abar_t) ehat) / sqrt(abar_t)                   abar_t >= min_abar
     action       = f(s, plan's next state)
 
 The sum is composition: plans for which all y_i hold (AND, +) or do not hold (NOT, -), also if the
@@ -26,6 +27,8 @@ not the second, whatever the return with `--target None`. A window is told one c
 Default sizes are for a CPU. Those of the authors' code, 1.2 TFLOP a plan, are AUTHORS, used where
 they published them. Differs from it:
 - returns by the data's range (divided by 400, chosen for one dataset)
+- sampling begins where abar_t is 0.05 (at t = T - 1, where x0hat is the error of ehat times 400 if
+  T = 20, 4,000 if T = 200; in 20 steps or fewer, plans do not recover from that)
 - standardised observations, x_0 clipped to their range (by their distribution, to [-1, 1])
 - a batch of 64 (two of 32)
 - averaged weights from the first update on, moved at each (after 2,000, at every tenth)
@@ -100,6 +103,7 @@ class Config:
     temperature: float = 0.5  # alpha, of all noise in sampling; 0: the same plan always, in [0, 1]
     plan_every: int = 1  # steps to a plan
     ddim_steps: int = 0  # deterministic denoising steps (DDIM); 0: all, with noise
+    min_abar: float = 0.05  # share of x_0's variance in the first x_t; 0: any, in [0, 1)
 
 
 # --- Networks ---
@@ -222,9 +226,10 @@ def schedule(steps):
     return np.cumprod(1 - (1 - f[1:] / f[:-1]).clip(max=0.999))
 
 
-def denoising(steps, ddim_steps=0):
-    """The denoising steps: all of them by the posterior, or a few deterministic ones by DDIM."""
-    t = np.linspace(steps - 1, 0, ddim_steps or steps).round().astype(np.int32)
+def denoising(steps, ddim_steps=0, skip=0):
+    """The denoising steps: all of them by the posterior, or a few deterministic ones by DDIM;
+    without the `skip` noisiest."""
+    t = np.linspace(steps - skip - 1, 0, ddim_steps or steps - skip).round().astype(np.int32)
     now = schedule(steps)[t]
     past = np.append(now[1:], 1.0)  # abar at the next lower time
     keep = now / past
@@ -423,8 +428,10 @@ def guided(state, x, t, cfg):
 
 def plan(state, known, key, cfg):
     """States to come for each of E episodes, (E, H, D); known: first states (E, D), and None."""
-    steps = denoising(cfg.diffusion_steps, cfg.ddim_steps)
-    abar = np.float32(schedule(cfg.diffusion_steps)[steps.t])
+    abar = schedule(cfg.diffusion_steps)
+    skip = min(np.sum(abar < cfg.min_abar), cfg.diffusion_steps - 1)
+    steps = denoising(cfg.diffusion_steps, cfg.ddim_steps, skip)
+    abar = np.float32(abar[steps.t])
     size = len(known[0]), cfg.horizon, known[0].shape[-1]
     k_start, k_steps = jax.random.split(key)
 

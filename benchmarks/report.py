@@ -23,7 +23,7 @@ from benchmarks.scores import figures
 from benchmarks.scores import tables as score_tables
 from benchmarks.scores.runs import NAMES, add, comparable_runs, finished, merge, short
 from benchmarks.speed import tables as speed_tables
-from benchmarks.studies import claims_pictures, settling
+from benchmarks.studies import choosing, claims_pictures, online, settling
 from common.experiment import statistics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -185,7 +185,7 @@ def harm_table(rows):
 
 def planning_table(rows):
     """The numbers of studies/planning.py."""
-    names = ["dataset", "Diffuser's planner", "ms a step, 1 episode", "10 episodes", "score"]
+    names = ["dataset", "algorithm", "planner", "ms a step, 1 episode", "10 episodes", "score"]
     lines = []
     for row in rows:
         low, high = statistics.interval(np.array([row["scores"]]))
@@ -193,7 +193,8 @@ def planning_table(rows):
             f"{np.mean(row['scores']):.1f} [{low:.1f}, {high:.1f}], {len(row['scores'])} episodes"
         )
         times = [f"{row[k]:,.0f}" if row[k] >= 100 else f"{row[k]:.2g}" for k in ("ms_1", "ms_10")]
-        lines.append([row["dataset"], row["variant"], *times, score])
+        who = NAMES[row["algorithm"]]
+        lines.append([row["dataset"], who, row["variant"], *times, score])
     return markdown(names, lines)
 
 
@@ -201,6 +202,19 @@ def stitching_table(runs):
     """The numbers of studies/stitching.py."""
     lines = [[who, f"{run['to_C']:.0%}", f"{run['to_F']:.0%}"] for who, run in runs.items()]
     return markdown(["", "A to C", "A to F"], lines)
+
+
+def generalisation_table(record):
+    """The numbers of studies/generalisation."""
+    lines = []
+    for task, found in record.items():
+        for what, title in (("mean", "data's mean"), ("best", "data's best episode")):
+            lines.append([task, f"*{title}*", f"*{found['data'][what]:,.0f}*", "", ""])
+        for row in found["rows"]:
+            cell = f"{row['mean']:,.0f} [{row['low']:,.0f}, {row['high']:,.0f}]"
+            seeds = f"{row['seeds']}" + f", {row['diverged']} diverged" * bool(row["diverged"])
+            lines.append([task, row["run"], cell, f"{row['updates']:,}", seeds])
+    return markdown(["task", "policy", "return [95 % interval]", "updates", "seeds"], lines)
 
 
 def trust_table(stored):
@@ -311,6 +325,8 @@ TABLES = {  # name in a page: what stands there
     "settling models": lambda stored: model_table(stored("settling")["models"]),
     "settling checkpoints": lambda stored: checkpoint_table(stored("settling")["checkpoints"]),
     "planning": lambda stored: planning_table(stored("planning")["rows"]),
+    "online": lambda stored: online.table(stored("online")),
+    "choosing": lambda stored: choosing.table(stored("choosing")),
     "stitching": lambda stored: stitching_table(stored("stitching")["runs"]),
     "speed": lambda stored: speed_tables.own_table(stored.speed()[0]),
     "speed of seeds": lambda stored: speed_tables.seeds_table(stored.speed()[0]),

@@ -97,7 +97,8 @@ def export(cfg, rows, shape, action_space, reference, about, made_by, packages=(
     infos: names of further rows to store as Minari's infos.
     """
     env_name, _ = options.split(cfg.env_id)
-    env_name = re.sub("[^a-z0-9]+", "-", env_name.rsplit("-", 1)[0].lower())
+    env_name = env_name.rsplit("-", 1)[0].replace("-singletask", "")
+    env_name = re.sub("[^a-z0-9]+", "-", env_name.lower())
     name = f"stillwater/{env_name}/{cfg.kind}-v0"
     final = Path(cfg.out).resolve() / name
     temporary = final.with_name(f".{final.name}.part")
@@ -168,8 +169,9 @@ def export(cfg, rows, shape, action_space, reference, about, made_by, packages=(
 
 def command():
     """What was typed."""
-    module = "discrete" if Path(sys.argv[0]).stem == "discrete" else ""
-    return " ".join([f"python -m benchmarks.collect{'.' * bool(module)}{module}", *sys.argv[1:]])
+    stem = Path(sys.argv[0]).stem
+    module = f".{stem}" if stem in ("discrete", "ogbench") else ""
+    return " ".join([f"python -m benchmarks.collect{module}", *sys.argv[1:]])
 
 
 def compress(old, new):

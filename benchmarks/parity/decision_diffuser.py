@@ -13,6 +13,7 @@ Differences removed for the comparison:
 - its loss is half the sum of the two: gradients are doubled before Adam, whose epsilon sees them
 - averaging of weights: `Trainer` averages at every step from the first, by its own arguments
 - padding: windows are complete
+- the first denoising step: t = T - 1, by `min_abar` 0
 - clipping of x_0: to [-1, 1], as the peer's data are scaled
 - upsampling: the peer's transposed convolution is replaced by ours, as in diffuser.py, where the
   two are compared
@@ -39,7 +40,7 @@ PEER = dict(
 UPDATES, PLANS, OBS, ACTION = 3, 2, 4, 2
 SETTINGS = dict(
     horizon=8, width=32, multiples=(1, 2), diffusion_steps=20, batch_size=4, lr=2e-4, ema=0.8,
-    drop=0.5, inverse_widths=(16, 16), target=0.9, guidance=1.2, temperature=0.5,
+    drop=0.5, inverse_widths=(16, 16), target=0.9, guidance=1.2, temperature=0.5, min_abar=0.0,
 )  # fmt: skip
 NETS = ("model", "inverse")
 BOUNDS = {"plan": 5e-5, "action": 5e-5}  # early steps divide rounding errors by sqrt(abar)

@@ -1,11 +1,11 @@
-"""The cost of Diffuser's plans: milliseconds for each environment step, and the score.
+"""The cost of the diffusers' plans: milliseconds for each environment step, and the score.
 
-    python -m benchmarks.studies.planning runs/diffuser/... runs/diffuser/...
+    python -m benchmarks.studies.planning runs/diffuser/... runs/decision_diffuser/...
 
 Measures the exact planner and faster variants (DDIM with fewer steps, several actions of a plan, a
 warm start from the last plan) on the first seed of each run. Writes planning.json to
-benchmarks/results, where rows of other datasets stay. For runs in a maze it also draws plans.png:
-plans, and the paths that followed.
+benchmarks/results, where rows of other datasets and algorithms stay. For runs in a maze it also
+draws plans.png: plans, and the paths that followed.
 
 With --no-scores it measures only times, which need an otherwise idle machine, and keeps earlier
 scores of the same run.
@@ -28,8 +28,9 @@ from common import datasets, evaluation, experiment
 ROOT = Path(__file__).resolve().parents[2]
 
 EXACT = dict(plan_every=1, ddim_steps=0, warm_start=0, samples=64)
-VARIANTS = {  # planners for a high return (False) and for a goal (True)
-    False: {
+ALONE = dict(plan_every=1, ddim_steps=0)  # Decision Diffuser's, one plan an episode
+VARIANTS = {  # planners of diffuser.py, for a high return and for a goal, and decision_diffuser.py
+    "diffuser": {
         "exact": EXACT,
         "DDIM, 5 steps": EXACT | dict(ddim_steps=5),
         "plan every 2": EXACT | dict(plan_every=2),
@@ -38,7 +39,14 @@ VARIANTS = {  # planners for a high return (False) and for a goal (True)
         "16 samples": EXACT | dict(samples=16),
         "DDIM 5, every 2, 16 samples": dict(ddim_steps=5, plan_every=2, warm_start=0, samples=16),
     },
-    True: {
+    "decision_diffuser": {
+        "exact": ALONE,
+        "DDIM, 5 steps": ALONE | dict(ddim_steps=5),
+        "plan every 2": ALONE | dict(plan_every=2),
+        "plan every 4": ALONE | dict(plan_every=4),
+        "DDIM 5, every 2": dict(ddim_steps=5, plan_every=2),
+    },
+    "diffuser with a goal": {
         "no plan, straight to the goal": None,
         "exact, one plan": dict(plan_every=0),
         "DDIM, 16 steps, one plan": dict(plan_every=0, ddim_steps=16),
@@ -79,6 +87,11 @@ def seconds(policy, obs, episodes, length, plans):
     return float(np.median(times))
 
 
+def goal(own):
+    """Whether plans of this Config end at a goal."""
+    return getattr(own, "goal", False)
+
+
 def straight(carry, obs, reward, key):
     """Diffuser's controller in a maze without a plan: it tracks the goal itself."""
     return (obs[..., 4:6] - obs[..., :2]) + (0 - obs[..., 2:4]), 0
@@ -90,13 +103,15 @@ def measure(run, cfg, known):
     data = datasets.load(own.env, own.env_id)
     limit = evaluation.make(data.env_id).spec.max_episode_steps
     state, rows = jax.tree.map(lambda x: x[:1], state), []
-    for name, settings in VARIANTS[own.goal].items():
+    algorithm = module.__name__.rpartition(".")[2]
+    for name, settings in VARIANTS[algorithm + " with a goal" * goal(own)].items():
         if settings is None:
             policy, every = straight, 0
         else:
             policy = jax.jit(jax.vmap(module.policy(replace(own, **settings)), (0, 0, 0, 0, None)))
             policy, every = partial(policy, state), settings["plan_every"]
-        row = {"dataset": own.env, "variant": name, "num_updates": own.num_updates}
+        row = {"dataset": own.env, "algorithm": algorithm, "variant": name}
+        row |= {"num_updates": own.num_updates}
         row |= origin(run)
         for episodes in (1, 10):
             spent = seconds(policy, data.obs, episodes, every, cfg.plans)
@@ -166,12 +181,12 @@ def main(cfg: Config):
     path = results / "planning.json"
     known = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
     rows = [row for run in cfg.runs for row in measure(run, cfg, known)]
-    measured = {row["dataset"] for row in rows}
-    rows += [row for row in known if row["dataset"] not in measured]
+    measured = {(row["dataset"], row["algorithm"]) for row in rows}
+    rows += [row for row in known if (row["dataset"], row["algorithm"]) not in measured]
     record = experiment.machine() | {"rows": rows}
     path.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     for run in cfg.runs:
-        if evaluation.load(run)[1].goal:
+        if goal(evaluation.load(run)[1]):
             plot(run, results / "plans.png")
 
 

@@ -23,7 +23,7 @@ from common.evaluation.environments import (
     named,
 )
 from common.evaluation.policy import Policy, choose_seed, load, load_policy, recorded, stateless
-from common.evaluation.rollout import evaluate
+from common.evaluation.rollout import evaluate, outcomes
 from common.evaluation.termination import termination
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "load_policy",
     "make",
     "named",
+    "outcomes",
     "recorded",
     "stateless",
     "termination",

@@ -74,12 +74,14 @@ def main(
         return
     act = functools.partial(act, state)
     count = episodes or cfg.eval_episodes or 10
-    returns = evaluation.evaluate(act, env_id, cfg.num_seeds, count)
+    returns, successes = evaluation.outcomes(act, env_id, cfg.num_seeds, count)
     low, high = data["ref_min_score"], data["ref_max_score"]
     if env_id.rpartition("-v")[0] != own.rpartition("-v")[0]:  # other options are other returns
         low = None
-    for i, row in enumerate(returns):
+    for i, (row, success) in enumerate(zip(returns, successes, strict=True)):
         mean = f"return {row.mean():.1f} +- {row.std():.1f}"
+        if np.isfinite(success).all():
+            mean += f", success {success.mean():.0%}"
         score = "" if low is None else f", score {100 * (row.mean() - low) / (high - low):.1f}"
         print(f"seed {cfg.seed + i}: {mean}{score}, {len(row)} episodes of {env_id}")
     saved = evaluation.recorded(run) if env_id == own else None

@@ -170,15 +170,19 @@ def register(name):
     """Registers the environments of gymnasium-robotics if `name` is a maze or unknown, and
     OGBench's for a single task.
 
-    Raises ImportError for a maze if the package is missing.
+    Raises ImportError if the package of a maze or of such a task is missing.
     """
     is_maze = name.startswith(("PointMaze_", "AntMaze_"))
     if "-singletask-" in name:
         # its environments make a new space, of float64, and warn, at each access
         warnings.filterwarnings("ignore", ".*precision lowered by casting")
-        with contextlib.suppress(ImportError), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import ogbench  # noqa: F401
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                import ogbench  # noqa: F401
+        except ImportError:
+            if name not in gymnasium.registry:
+                raise ImportError("OGBench's tasks need its package: pip install ogbench") from None
     if name in gymnasium.registry and not is_maze:
         return
     try:

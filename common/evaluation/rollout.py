@@ -37,8 +37,16 @@ def evaluate(policy, env_id, num_seeds, episodes, seed=0, gamma=1.0):
     Environments are kept for the next call, so calls must not overlap in several threads. They are
     stepped on all cores: MuJoCo releases Python's lock, and episodes are independent.
     """
+    return outcomes(policy, env_id, num_seeds, episodes, seed, gamma)[0]
+
+
+def outcomes(policy, env_id, num_seeds, episodes, seed=0, gamma=1.0):
+    """(returns, successes) of `evaluate`, each (num_seeds, episodes) float64.
+
+    success: the largest `success` that the environment's info told at any step; nan if it has none.
+    """
     if episodes == 0:
-        return np.zeros((num_seeds, 0))
+        return np.zeros((2, num_seeds, 0))
     return rollout(policy, _pool(env_id, num_seeds * episodes), num_seeds, seed, gamma)
 
 
@@ -59,14 +67,23 @@ def stepped(envs, rows, action):
     return itertools.chain.from_iterable(_threads(workers).map(some, parts))
 
 
+def told(info):
+    """The number `success` of an environment's info, or nan."""
+    try:
+        return float(info["success"])
+    except (KeyError, TypeError, ValueError):
+        return np.nan
+
+
 _fold_in = jax.jit(jax.random.fold_in)
 
 
 def rollout(policy, envs, num_seeds, seed, gamma=1.0):
-    """`evaluate` in the given environments; episode j of seed s is row s * E + j."""
+    """`outcomes` in the given environments; episode j of seed s is row s * E + j."""
     rows, shape = len(envs), (num_seeds, len(envs) // num_seeds)
     start = [env.reset(seed=seed + i % shape[1])[0] for i, env in enumerate(envs)]
     obs, reward, returns = np.float32(start), np.zeros(rows, np.float32), np.zeros(rows)
+    success = np.full(rows, np.nan)
     key, carry, active = jax.random.key(seed), None, range(rows)
     for t in itertools.count():
         inputs = obs.reshape(*shape, -1), reward.reshape(shape), _fold_in(key, t)
@@ -80,12 +97,13 @@ def rollout(policy, envs, num_seeds, seed, gamma=1.0):
         action, running = action.clip(-1, 1), []
         obs, reward = obs.copy(), np.zeros_like(reward)  # copies: the carry may hold the old arrays
         for i, result in stepped(envs, active, action):
-            obs[i], gained, terminated, truncated, _ = result
+            obs[i], gained, terminated, truncated, info = result
             gained = np.asarray(gained, float).item()  # some environments return an array of one
             reward[i] = gained
             returns[i] += gamma**t * gained
+            success[i] = np.fmax(success[i], told(info))
             if not (terminated or truncated):
                 running.append(i)
         active = running
         if not active:
-            return returns.reshape(shape)
+            return returns.reshape(shape), success.reshape(shape)

@@ -56,7 +56,7 @@ def film(policy, env_id, path, episodes=1, seed=0):
             return policy(*inputs)
 
         starts = range(seed, seed + episodes)
-        return np.array([rollout(watched, [env], 1, start)[0, 0] for start in starts])
+        return np.array([rollout(watched, [env], 1, start)[0][0, 0] for start in starts])
 
 
 def choose_renderer():

@@ -366,7 +366,9 @@ def test_guidance_adds_what_is_wanted_and_subtracts_what_is_not(state, x):
 def plan64(state, first, draws, cfg):
     """By the fake model, one step after another; draws: noise of the start and of each step."""
     abar, low, high = dd.schedule(T), f64(state.low), f64(state.high)
-    times = [round(t) for t in np.linspace(T - 1, 0, cfg.ddim_steps or T)]
+    first_t = max(t for t in range(T) if abar[t] >= cfg.min_abar)
+    assert first_t == (T - 2 if cfg.min_abar else T - 1)
+    times = [round(t) for t in np.linspace(first_t, 0, cfg.ddim_steps or first_t + 1)]
     x = cfg.temperature * draws[0]
     x[:, 0] = first
     for i, t in enumerate(times):
@@ -384,11 +386,15 @@ def plan64(state, first, draws, cfg):
     return x
 
 
-@pytest.mark.parametrize(("ddim_steps", "temperature"), [(0, 0.5), (0, 1.0), (3, 0.5)])
-def test_a_plan_by_hand(state, ddim_steps, temperature):
-    cfg, first = replace(CFG, ddim_steps=ddim_steps, temperature=temperature), known(state)
+@pytest.mark.parametrize(
+    ("ddim_steps", "temperature", "min_abar"),
+    [(0, 0.5, 0.05), (0, 1.0, 0.0), (3, 0.5, 0.05), (3, 0.5, 0.0)],
+)
+def test_a_plan_by_hand(state, ddim_steps, temperature, min_abar):
+    how = dict(ddim_steps=ddim_steps, temperature=temperature, min_abar=min_abar)
+    cfg, first = replace(CFG, **how), known(state)
     k_start, k_steps = jax.random.split(KEY)
-    keys = [k_start, *jax.random.split(k_steps, ddim_steps or T)]
+    keys = [k_start, *jax.random.split(k_steps, ddim_steps or T - (min_abar > 0))]
     draws = [np.array(jax.random.normal(key, (E, H, D)), float) for key in keys]
     found = jax.jit(dd.plan, static_argnums=3)(fake(state, model), first, KEY, cfg)
     expected = plan64(state, first[0], draws, cfg)
@@ -405,7 +411,7 @@ def test_the_known_state_is_in_its_place_at_every_step(state):
     first = known(state)
     with jax.disable_jit():
         plan = dd.plan(fake(state, watch), first, KEY, CFG)
-    assert len(seen) == T
+    assert len(seen) == T - 1  # the noisiest step is left out
     for x in (*seen, plan):
         np.testing.assert_array_equal(x[:E, 0], first[0])
     assert all(np.ptp(x[:E, 1:]) > 0.1 for x in seen)
@@ -452,6 +458,24 @@ def test_exact_models_of_gaussians_give_their_means(state, weight):
         np.testing.assert_allclose(plans[:, 1:].std(), 0.5, rtol=0.2)  # in 20 steps
     else:
         assert found > 0.8 + 20 * error
+
+
+def test_plans_survive_a_small_error_of_the_model(state):
+    """eps of N(0.8, 0.1^2), wrong by 3 % of the noise. At t = T - 1, where abar is 6e-6, that is 12
+    in x_0, and five steps from there end far from the data; from abar 0.05 on they do not."""
+    abar = jnp.float32(dd.schedule(20))
+
+    def wrong(params, x, given):
+        now = abar[given[0].astype(int)][:, None, None]
+        return gaussian(0.8, 0.1)(x, now) + 0.03
+
+    own = fake(state.replace(low=jnp.full(1, -9.0), high=jnp.full(1, 9.0)), wrong)
+    first, off = (jnp.zeros((200, 1)), None), {}
+    for min_abar in (dd.Config().min_abar, 0.0):
+        cfg = replace(CFG, diffusion_steps=20, ddim_steps=5, min_abar=min_abar)
+        plans = jax.jit(dd.plan, static_argnums=3)(own, first, KEY, cfg)
+        off[min_abar] = abs(float(plans[:, 1:].mean()) - 0.8)
+    assert off[0.05] < 0.03 < 0.1 < off[0.0]
 
 
 # --- Acting ---

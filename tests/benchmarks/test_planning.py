@@ -2,11 +2,13 @@
 
 import json
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 
 from benchmarks.studies import planning
+from common import experiment
 
 
 def test_straight_to_the_goal_by_hand():
@@ -40,16 +42,30 @@ def test_where_one_plan_serves_an_episode_it_is_the_first_that_counts():
     assert 0.05 <= planning.seconds(policy, np.zeros((5, 6)), 1, 0, 3) < 0.5
 
 
-def test_rows_of_other_datasets_stay(tmp_path, monkeypatch):
-    """Two datasets measured one after the other; the first one again, from another run."""
+def test_rows_of_other_datasets_and_algorithms_stay(tmp_path, monkeypatch):
+    """Two datasets measured one after the other; the first one again, from another run; then by
+    the other algorithm."""
 
     def measure(run, cfg, known):
-        return [{"dataset": run[0], "run": run, "known": len(known)}]
+        row = {"dataset": run[0], "run": run, "known": len(known)}
+        return [row | {"algorithm": "decision_diffuser" if run[1] == "d" else "diffuser"}]
 
-    goalless = (None, SimpleNamespace(goal=False), None)
+    goalless = (None, SimpleNamespace(), None)
     monkeypatch.setattr(planning, "measure", measure)
     monkeypatch.setattr(planning.evaluation, "load", lambda run: goalless)
-    for run in ("a1", "b1", "a2"):
+    for run in ("a1", "b1", "a2", "ad"):
         planning.main(planning.Config(runs=(run,), results=str(tmp_path)))
     rows = json.loads((tmp_path / "planning.json").read_text("utf-8"))["rows"]
-    assert [(row["run"], row["known"]) for row in rows] == [("a2", 2), ("b1", 1)]
+    assert [(row["run"], row["known"]) for row in rows] == [
+        ("ad", 2),
+        ("a2", 2),
+        ("b1", 1),
+    ]
+
+
+def test_every_planner_is_one_that_its_algorithm_has():
+    """And each differs from the others."""
+    for name, planners in planning.VARIANTS.items():
+        config = experiment.module(name.split()[0]).Config()
+        made = [replace(config, **settings) for settings in planners.values() if settings]
+        assert len(set(made)) == len(made) >= 4

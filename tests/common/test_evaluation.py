@@ -106,6 +106,29 @@ def test_nothing_is_counted_or_stepped_after_the_end(countdown):
     assert Countdown.steps_after_end == 0
 
 
+class Telling(Countdown):
+    """Tells success before the end of an episode of 3 steps, none in one of 4, else no number."""
+
+    def reset(self, *, seed=None, options=None):
+        found = super().reset(seed=seed)
+        self.length = self.left
+        return found
+
+    def step(self, action):
+        told = {3: self.left == 2, 4: False}.get(self.length, np.ones(2))
+        return *super().step(action)[:4], {"success": told}
+
+
+def test_success_is_what_the_environment_tells_at_any_step(countdown):
+    zeros = memoryless(lambda obs: np.zeros((1, 4, 1)))
+    assert np.isnan(evaluation.outcomes(zeros, countdown, 1, 4)[1]).all()
+    returns, successes = rollout.rollout(
+        zeros, [gymnasium.wrappers.TimeLimit(Telling(), 5) for _ in range(4)], 1, 0
+    )
+    np.testing.assert_array_equal(returns, [[3, 4, 5, 5]])
+    np.testing.assert_array_equal(successes, [[1, 0, np.nan, np.nan]])
+
+
 def test_discounted_returns(countdown):
     """1 a step for 3, 4, 5 and 5 steps."""
     zeros = memoryless(lambda obs: np.zeros((2, 4, 1)))
