@@ -22,6 +22,7 @@ falls with the number of episodes. FQE has no weights; it is wrong where the dat
 - settings and measures: DOPE, Fu et al. 2021, arXiv:2103.16596
 
 Run: python algorithms/ope.py --policies runs/iql/... runs/cql/... --env hopper-medium-v2 --truth
+     python algorithms/ope.py --policies ... --polyak 0.05 --num-updates 20000   # a tenth the time
 
 A deterministic policy has no density. What is evaluated is pi(. | s) = N(act(s), std^2), truncated
 to [-1, 1], or act(s) with a random action instead in a share epsilon of the steps where actions are

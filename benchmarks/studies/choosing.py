@@ -211,25 +211,26 @@ def cost(own):
 
 
 def plot(record, path):
-    """A column for each dataset: FQE against the truth, and scores of choices over episodes."""
+    """A row for each dataset: FQE against the truth, and scores of choices over episodes."""
     data = record["datasets"]
-    figure = Figure((4.4 * len(data), 7.6), dpi=110, layout="constrained")
-    axes = figure.subplots(2, len(data), squeeze=False)
-    for above, below, (name, one) in zip(*axes, data.items(), strict=True):
-        scatter(above, one["rows"])
-        above.set(title=f"{short(name)}: {len(one['rows'])} policies")
+    figure = Figure((10.5, 3.9 * len(data)), dpi=110, layout="constrained")
+    axes = figure.subplots(len(data), 2, squeeze=False)
+    for (left, right), (name, one) in zip(axes, data.items(), strict=True):
+        scatter(left, one["rows"])
+        left.set(title=f"{short(name)}: {len(one['rows'])} policies")
         found = one["choices"]
         pulls = np.arange(len(found["bandit"]["score"])) + 1
-        below.plot(pulls, found["bandit"]["score"], color="k", lw=1.8, label="bandit")
-        below.fill_between(pulls, *found["bandit"]["interval"], color="k", alpha=0.1, lw=0)
+        right.plot(pulls, found["bandit"]["score"], color="k", lw=1.8, label="bandit")
+        right.fill_between(pulls, *found["bandit"]["interval"], color="k", alpha=0.1, lw=0)
         for way, (colour, dash) in SHOWN.items():
-            below.axhline(found[way]["score"], color=colour, ls=dash, lw=1.5, label=way)
-        below.set(xscale="log", xlabel="episodes in the environment", ylabel="score of the choice")
-        below.xaxis.set_major_formatter("{x:g}")
+            right.axhline(found[way]["score"], color=colour, ls=dash, lw=1.5, label=way)
+        right.set(xscale="log", xlabel="episodes in the environment", ylabel="score of the choice")
+        right.set(title=f"one of {record['config']['candidates']} policies is chosen")
+        right.xaxis.set_major_formatter("{x:g}")
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes[:, 0]:
-        axis.legend(frameon=False, fontsize=9)
+    axes[0, 0].legend(frameon=False, fontsize=9)
+    axes[0, 1].legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path)
 
 

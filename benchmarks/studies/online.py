@@ -10,7 +10,7 @@ WINDOW evaluations. Of each seed are measured:
     before   the score at the hand-over
     lowest   the lowest score after it, of evaluations that all come after it
     end      the last score
-    steps    in the environment until the score is back at `before` after its lowest point
+    steps    in the environment until the score, once below `before`, is back there
     usual    before - lowest of a hand-over that did not happen, as many updates earlier
 
 The lowest of many noisy scores lies below their mean, whether or not anything is lost; `usual` says
@@ -65,6 +65,7 @@ class Commands:
 class Report:
     """Writes results/online.json and online.png, and prints the table of all finished runs."""
 
+    stopped: bool = False  # also runs that went online and were stopped
     out: str = "runs/online"  # folder with the runs
     results: str = str(RESULTS)  # folder for the results
 
@@ -120,10 +121,10 @@ def fall(steps, scores, at=0):
     before = mean[:, ends == at][:, 0]
     after = (starts > at) & (ends <= at + steps[-1])
     ends, mean = ends[after] - at, mean[:, after]
-    back = np.arange(len(ends)) >= mean.argmin(1)[:, None]
-    back &= mean >= before[:, None]
+    below = mean < before[:, None]
+    back = np.maximum.accumulate(below, 1) & ~below
     regained = np.where(back.any(1), ends[back.argmax(1)], np.inf)
-    return before, mean.min(1), np.where(mean.min(1) >= before, 0, regained)
+    return before, mean.min(1), np.where(below.any(1), regained, 0)
 
 
 def summary(row):
@@ -142,7 +143,8 @@ def report(cfg):
     found = []
     for path in sorted(Path(cfg.out).glob("*/*/*/config.json")):
         with suppress(SystemExit, FileNotFoundError):  # not finished
-            found.append(curve(runs.collect(path.parent)))
+            found.append(curve(runs.collect(path.parent, cfg.stopped)))
+    found = [row for row in found if row["steps"][-1] > 0]
     if not found:
         raise SystemExit(f"{cfg.out}: no finished run.")
     order = list(NAMES.values())
@@ -175,8 +177,17 @@ def table(record):
             cells = [*map(cell, (x["before"], x["lowest"], lost)), f"{x['usual'].mean():.1f}"]
             cells += [cell(x["end"]), steps(x["steps"])]
         data = f"{runs.short(row['dataset'])} ({row['data_score']:.1f})"
-        lines.append([data, row["run"], *cells])
-    names = ["dataset (data's mean)", "", "before", "lowest after", "fall", "usual fall", "end"]
+        lines.append([data, row["run"], f"{row['steps'][-1]:,}", *cells])
+    names = [
+        "dataset (data's mean)",
+        "",
+        "steps",
+        "before",
+        "lowest after",
+        "fall",
+        "usual fall",
+        "end",
+    ]
     return markdown([*names, "steps to regain, each seed"], lines)
 
 

@@ -1,8 +1,11 @@
 """The study of choices: its bandit, who judges, and what its results say."""
 
+import json
+
 import numpy as np
 import pytest
 
+from algorithms import ope
 from benchmarks.studies import choosing
 
 CFG = choosing.Config(candidates=3, draws=400, resamples=20)
@@ -60,3 +63,23 @@ def test_intervals_redraw_the_policies():
 def test_worth_in_episodes():
     found = {"bandit": {"score": [1, 2, 2, 4]}, "FQE": {"score": 2}, "IS": {"score": 5}}
     assert choosing.worth(found, "FQE") == 2 and choosing.worth(found, "IS") is None
+
+
+def test_the_results_say_what_the_page_says():
+    """FQE finds the six worst and little more; two episodes are worth as much."""
+    record = json.loads((choosing.ROOT / "benchmarks/results/choosing.json").read_text("utf-8"))
+    page = (choosing.ROOT / "benchmarks/README.md").read_text("utf-8")
+    assert choosing.table(record) in page
+    one = record["datasets"]["stillwater/hopper/medium-replay-v0"]
+    ranked = sorted(one["rows"], key=lambda row: row["FQE"]["value"])
+    truth = np.array([row["truth"] for row in ranked])
+    own = np.array([np.mean(row["scores"][1::2]) for row in ranked])
+    assert len(ranked) == 30 and truth[:6].max() < truth[6:].min()
+    assert ope.spearman(np.arange(24), truth[6:]) == pytest.approx(0.23, abs=0.005)
+    assert 11.5 < own[-3:].min() < own[-3:].max() < 16 and (np.sort(own)[-2:] > 20.5).all()
+    found = one["choices"]
+    assert choosing.worth(found, "FQE") == 2
+    assert found["the environment"]["score"] - found["bandit"]["score"][7] < 0.25
+    for row in ranked:
+        assert all(row[name]["effective"] < 4 for name in ope.ESTIMATORS if name != "FQE")
+        assert abs(row["IS"]["value"]) < 1e-18 and row["command"].startswith("python algorithms/")

@@ -29,7 +29,7 @@ def test_every_command_is_one_and_has_both_phases(monkeypatch):
 
 def test_a_fall_and_its_recovery():
     """Windows of three scores that lie after the hand-over as a whole."""
-    before, after = [0] * 6 + [6] * 3, [9, 0, 0, 3, 3, 6, 9, 9]
+    before, after = [0] * 6 + [6] * 3, [9, 9, 0, 0, 3, 6, 9, 0]
     scores = np.array([before + after, before + [7] * 8, before + [1] * 8], float)
     level, lowest, regained = online.fall(STEPS, scores)
     np.testing.assert_allclose(level, 6)
