@@ -328,6 +328,7 @@ TABLES = {  # name in a page: what stands there
     "online": lambda stored: online.table(stored("online")),
     "choosing": lambda stored: choosing.table(stored("choosing")),
     "stitching": lambda stored: stitching_table(stored("stitching")["runs"]),
+    "generalisation": lambda stored: generalisation_table(stored("generalisation")),
     "speed": lambda stored: speed_tables.own_table(stored.speed()[0]),
     "speed of seeds": lambda stored: speed_tables.seeds_table(stored.speed()[0]),
     "speed of a million": lambda stored: speed_tables.million_table(stored("speed-seeds")),
