@@ -47,7 +47,7 @@ SAME = "--widths 64 64 --batch-size 128 --polyak 0.02 --log-every 500 --eval-eve
 MAZES = {"rlpd": "--min-critics 1 --backup-entropy False"}  # the authors' settings for mazes
 NAMES = {"iql": "IQL", "awac": "AWAC", "cal_ql": "Cal-QL", "rlpd": "RLPD"}
 NAMES |= {"cal_ql --no-calibrate": "CQL, as it is"}
-COLOURS = dict(zip(NAMES.values(), ("C0", "C2", "C1", "0.4", "C3"), strict=True))
+COLOURS = dict(zip(NAMES.values(), ("C0", "C2", "C1", "C3", "0.4"), strict=True))
 WINDOW = 3  # evaluations
 
 
@@ -144,7 +144,7 @@ def report(cfg):
     for path in sorted(Path(cfg.out).glob("*/*/*/config.json")):
         with suppress(SystemExit, FileNotFoundError):  # not finished
             found.append(curve(runs.collect(path.parent, cfg.stopped)))
-    found = [row for row in found if row["steps"][-1] > 0]
+    found = [row for row in found if row["steps"][-WINDOW] > 0]
     if not found:
         raise SystemExit(f"{cfg.out}: no finished run.")
     order = list(NAMES.values())

@@ -1,6 +1,7 @@
 """The study of the hand-over: its commands, its measures, and what its results say."""
 
 import importlib
+import json
 
 import numpy as np
 import pytest
@@ -62,3 +63,22 @@ def test_the_steps_of_a_run():
     assert row["steps"] == [0, 2] and row["run"] == "CQL, as it is" and row["data_score"] == 20
     with pytest.raises(SystemExit, match="no finished run"):
         online.report(online.Report(out="/nowhere"))
+
+
+def test_the_results_say_what_the_page_says():
+    """Falls beyond the usual: IQL's and AWAC's on hopper, Cal-QL's in the maze, not CQL's."""
+    path = online.ROOT / "benchmarks/results/online.json"
+    found = {
+        (row["dataset"], row["run"]): online.summary(row)
+        for row in json.loads(path.read_text("utf-8"))["rows"]
+    }
+    lost = {key: x["before"] - x["lowest"] for key, x in found.items() if "before" in x}
+    lost = {key: (x.mean(), found[key]["usual"].mean()) for key, x in lost.items()}
+    assert lost[online.HOPPER, "IQL"][0] > 10 > 1 > lost[online.HOPPER, "IQL"][1]
+    assert lost[online.HOPPER, "AWAC"][0] > 6 > 2 > lost[online.HOPPER, "AWAC"][1]
+    assert lost[online.MAZE, "Cal-QL"][0] > 3 > 1 > lost[online.MAZE, "Cal-QL"][1]
+    assert lost[online.MAZE, "CQL, as it is"][0] < lost[online.MAZE, "CQL, as it is"][1]
+    ends = {key: x["end"].mean() for key, x in found.items() if key[0] == online.HOPPER}
+    assert max(ends, key=ends.get) == (online.HOPPER, "RLPD")
+    for name, most in (("Cal-QL", 2.5), ("CQL, as it is", 8)):
+        assert found[online.HOPPER, name]["before"].mean() < most
