@@ -1,5 +1,6 @@
 """The junction of studies/hidden.py: what its data tell, and what its results show."""
 
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -75,3 +76,12 @@ def test_a_walker_that_remembers_and_one_that_does_not():
             found = hidden.shares(hidden.play(walker(remembers), state, seen, cfg))
             right = 1.0 if remembers or world == "seen" else 0.5
             assert found == {"right": [right] * 2, "wrong": [1 - right] * 2, "nowhere": [0.0] * 2}
+
+
+def test_what_the_results_show():
+    """Where the side is shown, all are right. Where it was shown at the start, nobody without a
+    memory is right more often than by chance."""
+    runs = json.loads((RESULTS / "hidden.json").read_text("utf-8"))["runs"]
+    for who in ("BC", "RvS, asked for 1", "IQL", "DT, context 4"):
+        assert np.mean(runs["seen"][who]["right"]) > 0.95
+        assert np.mean(runs["hidden"][who]["right"]) < 0.55
