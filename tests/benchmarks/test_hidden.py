@@ -80,8 +80,9 @@ def test_a_walker_that_remembers_and_one_that_does_not():
 
 def test_what_the_results_show():
     """Where the side is shown, all are right. Where it was shown at the start, nobody without a
-    memory is right more often than by chance."""
+    memory is right more often than by chance, and DT is."""
     runs = json.loads((RESULTS / "hidden.json").read_text("utf-8"))["runs"]
     for who in ("BC", "RvS, asked for 1", "IQL", "DT, context 4"):
         assert np.mean(runs["seen"][who]["right"]) > 0.95
         assert np.mean(runs["hidden"][who]["right"]) < 0.55
+    assert np.mean(runs["hidden"]["DT, asked for 1"]["right"]) > 0.75
