@@ -31,9 +31,8 @@ WORLDS = {"hidden": False, "seen": True}
 
 SMALL = dict(batch_size=128, widths=(64, 64))
 DT = dict(targets=(1.0,), rtg_scale=1.0, width=32, lr=1e-3, warmup=100, context=LIMIT)
-DT |= dict(num_updates=1000)
 UNET = dict(horizon=16, diffusion_steps=20, multiples=(1, 2), width=16, lr=1e-3, end_return=0.0)
-UNET |= dict(num_updates=1000, ddim_steps=5, gamma=1.0, batch_size=32)
+UNET |= dict(num_updates=4000, ddim_steps=5, gamma=1.0, batch_size=32)
 DIFFUSER = UNET | dict(guide_scale=1.0, guide_stop=1, samples=8, return_scale=1.0)
 DECISION = UNET | dict(target=1.0, inverse_widths=(64, 64))
 RUNS = {  # method: (file, settings)
