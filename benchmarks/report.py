@@ -198,6 +198,21 @@ def planning_table(rows):
     return markdown(names, lines)
 
 
+def ogbench_table(runs):
+    """The numbers of studies/ogbench.py."""
+    lines = []
+    for run in sorted(runs.values(), key=lambda run: (run["dataset"], run["updates"], run["run"])):
+        solved = 100 * np.array(run["successes"])
+        low, high, mark = score_tables.ends({"scores": solved})
+        size = score_tables.count(len(solved), each=f" x {solved.shape[1]}")
+        cells = [short(run["dataset"]), run["run"], f"{run['updates']:,}", size]
+        cells += [f"{solved.mean():.0f} [{low:.0f}, {high:.0f}]{mark}"]
+        lines.append([*cells, f"{np.mean(run['returns']):.0f}"])
+    names = ["dataset", "algorithm", "updates", "seeds x episodes", "solved, % [95 % interval]"]
+    table = markdown([*names, "return"], lines)
+    return f"{table}\n{score_tables.legend(table)}\n"
+
+
 def stitching_table(runs):
     """The numbers of studies/stitching.py."""
     lines = [[who, f"{run['to_C']:.0%}", f"{run['to_F']:.0%}"] for who, run in runs.items()]
@@ -329,6 +344,7 @@ TABLES = {  # name in a page: what stands there
     "choosing": lambda stored: choosing.table(stored("choosing")),
     "stitching": lambda stored: stitching_table(stored("stitching")["runs"]),
     "generalisation": lambda stored: generalisation_table(stored("generalisation")),
+    "ogbench": lambda stored: ogbench_table(stored("ogbench")),
     "speed": lambda stored: speed_tables.own_table(stored.speed()[0]),
     "speed of seeds": lambda stored: speed_tables.seeds_table(stored.speed()[0]),
     "speed of a million": lambda stored: speed_tables.million_table(stored("speed-seeds")),

@@ -532,3 +532,13 @@ def test_discrete_actions_have_a_table_of_their_own():
     ]
     assert "discrete" not in score_tables.headline(runs) + score_tables.time_table(runs)
     assert score_tables.discrete_table(runs[-1:]) == ""
+
+
+def test_the_table_of_ogbench_sorts_and_counts_solved_episodes():
+    run = {"run": "IQL", "dataset": "stillwater/scene/play-v0", "updates": 9000}
+    run |= {"successes": [[1.0, 0.0], [1.0, 1.0]], "returns": [[-3.0, -9.0], [-3.0, -1.0]]}
+    one = run | {"run": "FQL, alpha 1", "successes": [[1.0, 0.0]], "returns": [[-3.0, -9.0]]}
+    lines = report.ogbench_table({"b": run, "a": one}).splitlines()
+    assert lines[2] == "| scene/play | FQL, alpha 1 | 9,000 | 1 x 2 † | 50 [0, 100]° | -6 |"
+    assert lines[3] == "| scene/play | IQL | 9,000 | 2 x 2 † | 75 [50, 100] | -4 |"
+    assert "° one seed" in lines[5] and "† preliminary" in lines[5]
