@@ -177,6 +177,8 @@ def accuracy(ope, rows, cfg):
     for name, x in found.items():
         value = np.array([row[name]["value"] for row in rows])
         x["interval"] = ends([ope.spearman(value[i], truth[i]) for i in drawn]).tolist()
+        if np.isnan(x["spearman"]):  # all estimates are equal
+            x["spearman"] = x["interval"] = None
     return found
 
 
@@ -196,8 +198,10 @@ def table(record):
         found, count = data["choices"], len(data["choices"]["bandit"]["score"])
         for way, x in data["accuracy"].items():
             error = f"{x['error']:.1f}" if x["error"] < 100 else f"{x['error']:,.0f}"
-            low, high = x["interval"]
-            cells = [error, f"{x['spearman']:.2f} [{low:.2f}, {high:.2f}]", f"{x['regret@1']:.2f}"]
+            rank = "–"  # equal estimates have none
+            if x["spearman"] is not None:
+                rank = "{:.2f} [{:.2f}, {:.2f}]".format(x["spearman"], *x["interval"])
+            cells = [error, rank, f"{x['regret@1']:.2f}"]
             lines.append([short(name), way, *cells, cost(found[way])])
             lines[-1].append(worth(found, way) or f"more than {count}")
         lines.append([short(name), "any policy", "", "", "", cost(found["any"]), ""])
