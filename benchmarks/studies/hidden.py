@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from matplotlib.figure import Figure
 
 from benchmarks.arrays import arrays
 from benchmarks.scores.runs import text
@@ -152,12 +153,8 @@ def shares(returns):
 
 def draw(runs, path):
     """A panel for each world: where the episodes of each method end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    figure = Figure((9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     colours = {"right": "C0", "wrong": "C3", "nowhere": "0.8"}
     for axis, (world, found) in zip(axes, runs.items(), strict=True):
         names = list(found)[::-1]
@@ -169,10 +166,8 @@ def draw(runs, path):
         axis.axvline(0.5, color="k", lw=0.8, ls=":")
         axis.set(title=f"side {'shown at every step' if WORLDS[world] else 'shown at the start'}")
         axis.set(xlim=(0, 1), xlabel="share of the episodes")
-    axes[1].legend(ncols=3, loc="upper center", bbox_to_anchor=(0.2, -0.2), frameon=False)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), ncols=3, loc="outside lower center")
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def main(cfg: Config):
