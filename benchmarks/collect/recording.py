@@ -170,7 +170,7 @@ def export(cfg, rows, shape, action_space, reference, about, made_by, packages=(
 def command():
     """What was typed."""
     stem = Path(sys.argv[0]).stem
-    module = f".{stem}" if stem in ("discrete", "ogbench") else ""
+    module = f".{stem}" if stem in ("antmaze", "discrete", "ogbench") else ""
     return " ".join([f"python -m benchmarks.collect{module}", *sys.argv[1:]])
 
 

@@ -58,7 +58,7 @@ SHORT = {  # flags of the short budget, see __main__
     "decision_diffuser": "batch-size lr plan-every ddim-steps".split(),
     "diffuser": "batch-size lr plan-every ddim-steps samples".split(),
 }
-ROBOTS = ("HalfCheetah", "Hopper", "Walker2d", "Ant")
+ROBOTS = ("HalfCheetah", "Hopper", "Walker2d", "Ant-")
 
 
 def command(info):
