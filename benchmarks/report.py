@@ -188,10 +188,10 @@ def planning_table(rows):
     names = ["dataset", "algorithm", "planner", "ms a step, 1 episode", "10 episodes", "score"]
     lines = []
     for row in rows:
-        low, high = statistics.interval(np.array([row["scores"]]))
-        score = (
-            f"{np.mean(row['scores']):.1f} [{low:.1f}, {high:.1f}], {len(row['scores'])} episodes"
-        )
+        score = ""  # measured with --no-scores
+        if scores := row.get("scores"):
+            low, high = statistics.interval(np.array([scores]))
+            score = f"{np.mean(scores):.1f} [{low:.1f}, {high:.1f}], {len(scores)} episodes"
         times = [f"{row[k]:,.0f}" if row[k] >= 100 else f"{row[k]:.2g}" for k in ("ms_1", "ms_10")]
         who = NAMES[row["algorithm"]]
         lines.append([row["dataset"], who, row["variant"], *times, score])
