@@ -103,12 +103,13 @@ class Drawer(gymnasium.Env):
 
     action_space = gymnasium.spaces.Box(-1, 1, (5,))
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (40,))
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
 
-    def __init__(self, starts_open, **kwargs):
+    def __init__(self, starts_open, render_mode=None, **kwargs):
         from ogbench.manipspace.envs.scene_env import SceneEnv  # an extra
 
         self.scene = SceneEnv("scene", mode="data_collection", terminate_at_goal=False, **kwargs)
-        self.starts_open = starts_open
+        self.starts_open, self.render_mode = starts_open, render_mode
 
     def reset(self, *, seed=None, options=None):
         _, info = self.scene.reset(seed=seed)  # of a random scene
@@ -120,6 +121,9 @@ class Drawer(gymnasium.Env):
     def step(self, action):
         obs, *_ = self.scene.step(action)
         return obs, 0.0, False, False, {}
+
+    def render(self):
+        return self.scene.render()
 
 
 def make(name, **kwargs):
