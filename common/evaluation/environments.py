@@ -30,6 +30,7 @@ from common.evaluation.wrappers import (
     is_vector,
 )
 
+MAZES = "PointMaze_", "AntMaze_"  # of gymnasium-robotics
 GOALS = {"UMaze": (1, 1), "Medium": (6, 6), "Large": (7, 9)}  # (row, column)
 
 
@@ -143,9 +144,10 @@ def make_raw(env_id, **kwargs):
         with warnings.catch_warnings():  # D4RL's scores are on v4
             warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
             env = gymnasium.make(spec(env_id), disable_env_checker=True, **kwargs)
-        if name.startswith("PointMaze_"):
+        if name.startswith(MAZES):
             with contextlib.suppress(OSError):  # each environment leaves a copy of its model
                 os.unlink(env.unwrapped.tmp_xml_file_path)
+        if name.startswith("PointMaze_"):
             env = FlatMaze(env, None if "maze_map" in options else goal_cell(name))
         elif is_dict_of_vectors(env.observation_space):
             env = FlatDict(env)
@@ -172,7 +174,7 @@ def register(name):
 
     Raises ImportError if the package of a maze or of such a task is missing.
     """
-    is_maze = name.startswith(("PointMaze_", "AntMaze_"))
+    is_maze = name.startswith(MAZES)
     if "-singletask-" in name:
         # its environments make a new space, of float64, and warn, at each access
         warnings.filterwarnings("ignore", ".*precision lowered by casting")

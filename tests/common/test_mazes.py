@@ -167,9 +167,10 @@ def test_returns_count_every_step_at_the_goal_to_the_time_limit():
         assert not np.any(evaluation.termination(env_id)(obs, None, obs))
 
 
-def test_no_file_is_left_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("env_id", [UMAZE, "AntMaze_UMaze-v5"])
+def test_no_file_is_left_behind(env_id, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    evaluation.make(UMAZE).reset(seed=0)
+    evaluation.make(env_id).reset(seed=0)
     assert list(tmp_path.iterdir()) == []
 
 
