@@ -191,10 +191,15 @@ def title(run):
     name, words = run["algorithm"], run["command"].replace("=", " ")
     skip = "|".join([*HOW_LONG, *SHORT.get(name, [])])
     flags = re.findall(rf"--(?!(?:{skip})(?= |$))\S+(?: (?!--)\S+)*", words.replace("_", "-"))
-    full = " ".join([name, *flags])
-    if full == "cql --alpha 0":
+    if [name, *flags] == ["cql", "--alpha 0"]:
         return "SAC (cql --alpha 0)"
-    return NAMES.get(full) or " ".join([NAMES.get(name, name.upper()), *flags])
+    label = NAMES.get(name, name.upper())
+    for known, other in NAMES.items():
+        first, *own = known.split(" ", 1)
+        if first == name and own and own[0] in flags:
+            label = other
+            flags.remove(own[0])
+    return " ".join([label, *flags])
 
 
 def merge(runs):

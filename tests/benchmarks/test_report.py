@@ -309,6 +309,8 @@ def test_a_diverged_seed_is_left_out_and_counted():
         ("bc", "--fraction=0.1", "10%BC"),
         ("bc", "--fraction 0.5", "BC --fraction 0.5"),
         ("dt", "--targets 1500 800", "DT --targets 1500 800"),
+        ("mopo", "--polyak 0.02 --penalty-scale 0", "MBPO --polyak 0.02"),
+        ("mopo", "--penalty-scale 0.5", "MOPO --penalty-scale 0.5"),
     ],
 )
 def test_a_variant_is_named(algorithm, flags, name):
