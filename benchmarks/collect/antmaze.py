@@ -49,7 +49,7 @@ class Config:
     seed: int = 0  # of SAC, the environments and the noise
     num_steps: int = 500_000  # transitions in the dataset
     num_envs: int = 10  # mazes walked through at once
-    sac_steps: int = 300_000  # environment steps of the walker's training
+    sac_steps: int = 500_000  # environment steps of the walker's training
     start_steps: int = 5_000  # of them with uniform actions and without updates
     out: str = "data"  # folder for Minari datasets
     work: str = "runs/collect"  # folder for SAC's checkpoints

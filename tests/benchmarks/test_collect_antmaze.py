@@ -54,8 +54,8 @@ def test_an_ant_on_its_back_has_fallen():
 def test_the_dataset_is_an_ant_maze_to_every_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     rng = np.random.default_rng(0)
-    walks = lambda cfg: lambda obs: rng.uniform(-1, 1, (len(obs), 8))  # noqa: E731
-    monkeypatch.setattr(antmaze, "learn_to_walk", walks)
+    at_random = lambda obs: rng.uniform(-1, 1, (len(obs), 8))  # noqa: E731
+    monkeypatch.setattr(antmaze, "learn_to_walk", lambda cfg: at_random)
     cfg = antmaze.Config(num_steps=1_500, num_envs=3, out=str(tmp_path))
     antmaze.main(cfg)
     assert "1,500 steps" in capsys.readouterr().out
