@@ -51,6 +51,15 @@ def test_an_ant_on_its_back_has_fallen():
     assert antmaze.fallen(body).tolist() == [False, False, True]
 
 
+def test_a_fall_ends_an_episode_of_the_data(monkeypatch):
+    env = antmaze.Upright(evaluation.make(antmaze.maze_id("UMaze")))
+    obs, _ = env.reset(seed=0)
+    for x, ended in ((0.6, False), (0.8, True)):
+        obs[antmaze.BODY][1:5] = np.sqrt(1 - x**2), x, 0, 0
+        monkeypatch.setattr(env.env, "step", lambda _: (obs, 0.0, False, False, {}))
+        assert env.step(np.zeros(8))[2:4] == (False, ended)
+
+
 def test_the_dataset_is_an_ant_maze_to_every_file(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     rng = np.random.default_rng(0)
