@@ -51,13 +51,22 @@ def test_an_ant_on_its_back_has_fallen():
     assert antmaze.fallen(body).tolist() == [False, False, True]
 
 
-def test_a_fall_ends_an_episode_of_the_data(monkeypatch):
+def test_an_ant_that_stays_on_its_back_begins_a_new_episode(monkeypatch):
     env = antmaze.Upright(evaluation.make(antmaze.maze_id("UMaze")))
-    obs, _ = env.reset(seed=0)
-    for x, ended in ((0.6, False), (0.8, True)):
-        obs[antmaze.BODY][1:5] = np.sqrt(1 - x**2), x, 0, 0
-        monkeypatch.setattr(env.env, "step", lambda _: (obs, 0.0, False, False, {}))
-        assert env.step(np.zeros(8))[2:4] == (False, ended)
+
+    def ends(fallen):
+        """Whether each step truncates, of an ant that is on its back at some of them."""
+        obs, _ = env.reset(seed=0)
+        for down in fallen:
+            x = 0.9 * down
+            obs[antmaze.BODY][antmaze.WXYZ] = np.sqrt(1 - x**2), x, 0, 0
+            monkeypatch.setattr(env.env, "step", lambda _: (obs, 0.0, False, False, {}))
+            yield env.step(np.zeros(8))[3]
+
+    n = antmaze.DOWN
+    assert list(ends([0] * 5 + [1] * n)) == [False] * (4 + n) + [True]
+    assert not any(ends(([1] * (n - 1) + [0]) * 3))
+    assert not any(ends([1] * (n - 1)))  # each episode counts anew
 
 
 def test_the_dataset_is_an_ant_maze_to_every_file(tmp_path, monkeypatch, capsys):
