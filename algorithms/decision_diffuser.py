@@ -5,12 +5,11 @@ diffusion model of the states to come is told what shall be true of them, a high
 constraint or a skill. Inverse dynamics turn the plan's next state into an action.
 
     q(x_t | x_0) = N(sqrt(abar_t) x_0, (1 - abar_t) I)               states alone; cosine schedule
-    L(theta)     = E[ |e - eps(x_t, b y, t)|^2 ],   b = 0 with probability p      y the condition
-    L(phi)       = E[ |a - f(s, s')|^2 ]                             inverse dynamics
-    ehat         = eps(x, 0, t) + w sum_i +-(eps(x, y_i, t) - eps(x, 0, t))       guidance
+    L(theta)     = E[ |x_0 - f(x_t, b y, t)|^2 ],   b = 0 with probability p      y the condition
+    L(phi)       = E[ |a - g(s, s')|^2 ]                             inverse dynamics
+    x0hat        = f(x, 0, t) + w sum_i +-(f(x, y_i, t) - f(x, 0, t))             guidance
     x_{t-1}      ~ N(mu_t(x0hat, x_t), (alpha sigma_t)^2 I),   alpha < 1          low temperature
-    x0hat        = (x_t - sqrt(1 - abar_t) ehat) / sqrt(abar_t)                   abar_t >= min_abar
-    action       = f(s, plan's next state)
+    action       = g(s, plan's next state)
 
 The sum is composition: plans for which all y_i hold (AND, +) or do not hold (NOT, -), also if the
 data have no such example. The known state replaces the first of every x_t (inpainting). The idea is
@@ -27,15 +26,15 @@ not the second, whatever the return with `--target None`. A window is told one c
 Default sizes are for a CPU. Those of the authors' code, 1.2 TFLOP a plan, are AUTHORS, used where
 they published them. Differs from it:
 - returns by the data's range (divided by 400, chosen for one dataset)
-- sampling begins where abar_t is 0.05 (at t = T - 1, where x0hat is the error of ehat times 400 if
-  T = 20, 4,000 if T = 200; in 20 steps or fewer, plans do not recover from that)
+- f predicts x_0, as Diffuser's (the noise, from which x_0 follows; guidance is the same; see
+  benchmarks/README, What Decision Diffuser predicts)
 - standardised observations, x_0 clipped to their range (by their distribution, to [-1, 1])
 - a batch of 64 (two of 32)
 - averaged weights from the first update on, moved at each (after 2,000, at every tenth)
 - windows begin at every step (not within the last H of the 1,000 that an episode may have)
 - the loss beyond an episode's end is masked (zeros are learned)
 - each loss has an Adam (half their sum, one Adam)
-- f acts on the observation itself, also when a plan serves several steps (one plan a step)
+- g acts on the observation itself, also when a plan serves several steps (one plan a step)
 - upsampling by a convolution of size 3 to two steps (transposed, size 4)
 The paper has T = 100, w between 1.2 and 1.8, a history of 20 states, and alpha scales sigma^2.
 """
@@ -89,7 +88,7 @@ class Config:
     diffusion_steps: int | None = None  # T, from data to noise; default 20, the authors' 200
     multiples: tuple[int, ...] | None = None  # of width, by level; default 1 2 4 8
     width: int | None = None  # of the U-Net's first level; default 32, the authors' 128
-    inverse_widths: tuple[int, ...] = (256, 256)  # hidden layers of f
+    inverse_widths: tuple[int, ...] = (256, 256)  # hidden layers of g
     ema: float = 0.995  # decay of the averaged weights, with which plans are made, in [0, 1]
     drop: float = 0.25  # p, share of windows that are learned without a condition, in [0, 1]
     end_return: float = -100.0  # added to the return at terminal states
@@ -103,7 +102,6 @@ class Config:
     temperature: float = 0.5  # alpha, of all noise in sampling; 0: the same plan always, in [0, 1]
     plan_every: int = 1  # steps to a plan
     ddim_steps: int = 0  # deterministic denoising steps (DDIM); 0: all, with noise
-    min_abar: float = 0.05  # share of x_0's variance in the first x_t; 0: any, in [0, 1)
 
 
 # --- Networks ---
@@ -226,10 +224,9 @@ def schedule(steps):
     return np.cumprod(1 - (1 - f[1:] / f[:-1]).clip(max=0.999))
 
 
-def denoising(steps, ddim_steps=0, skip=0):
-    """The denoising steps: all of them by the posterior, or a few deterministic ones by DDIM;
-    without the `skip` noisiest."""
-    t = np.linspace(steps - skip - 1, 0, ddim_steps or steps - skip).round().astype(np.int32)
+def denoising(steps, ddim_steps=0):
+    """The denoising steps: all of them by the posterior, or a few deterministic ones by DDIM."""
+    t = np.linspace(steps - 1, 0, ddim_steps or steps).round().astype(np.int32)
     now = schedule(steps)[t]
     past = np.append(now[1:], 1.0)  # abar at the next lower time
     keep = now / past
@@ -265,7 +262,7 @@ class Window(NamedTuple):
 @struct.dataclass
 class State:
     model: TrainState
-    inverse: TrainState  # f
+    inverse: TrainState  # g
     ema: dict  # averages of their parameters
     obs_mean: jax.Array  # (D,)
     obs_std: jax.Array  # (D,)
@@ -314,15 +311,15 @@ def chosen(batch, key, cfg):
 
 
 def model_loss(params, state, batch, key, cfg):
-    """Squared error of the noise; the known state costs nothing."""
+    """Squared error of the denoised states; the known one costs nothing."""
     k_t, k_noise, k_condition = jax.random.split(key, 3)
     t = jax.random.randint(k_t, (len(batch.x),), 0, cfg.diffusion_steps)
     abar = jnp.float32(schedule(cfg.diffusion_steps))[t][:, None, None]
     noise = jax.random.normal(k_noise, batch.x.shape)
     x = jnp.sqrt(abar) * batch.x + jnp.sqrt(1 - abar) * noise
     x = condition(x, (batch.x[:, 0], None))
-    eps = state.model.apply_fn(params, x, (t, *chosen(batch, k_condition, cfg)))
-    error = ((eps - noise) ** 2).at[:, 0].set(0)
+    x0 = state.model.apply_fn(params, x, (t, *chosen(batch, k_condition, cfg)))
+    error = ((x0 - batch.x) ** 2).at[:, 0].set(0)
     loss = jnp.sum(error.mean(-1) * batch.mask) / batch.mask.sum()
     return loss, {"model_loss": loss}
 
@@ -415,35 +412,32 @@ def request(cfg):
 
 
 def guided(state, x, t, cfg):
-    """ehat (E, H, D) of x at step t: without a condition and with each, in one batch."""
+    """x0hat (E, H, D) of x at step t: without a condition and with each, in one batch."""
     y, sign = request(cfg)
     rows, n = len(x), len(sign)
     y = np.concatenate([np.zeros((1, y.shape[1])), y])
     given = jnp.full((1 + n) * rows, t), np.repeat(y, rows, 0), np.repeat([0, *[1] * n], rows)
-    eps = state.model.apply_fn(state.ema["model"], jnp.tile(x, (1 + n, 1, 1)), given)
+    x0 = state.model.apply_fn(state.ema["model"], jnp.tile(x, (1 + n, 1, 1)), given)
     weight = cfg.guidance * sign
     weight = np.append(1 - weight.sum(), weight)  # the same sum: exact where w is 0 or 1
-    return jnp.tensordot(np.float32(weight), eps.reshape(1 + n, *x.shape), 1)
+    return jnp.tensordot(np.float32(weight), x0.reshape(1 + n, *x.shape), 1)
 
 
 def plan(state, known, key, cfg):
     """States to come for each of E episodes, (E, H, D); known: first states (E, D), and None."""
-    abar = schedule(cfg.diffusion_steps)
-    skip = min(np.sum(abar < cfg.min_abar), cfg.diffusion_steps - 1)
-    steps = denoising(cfg.diffusion_steps, cfg.ddim_steps, skip)
-    abar = np.float32(abar[steps.t])
+    steps = denoising(cfg.diffusion_steps, cfg.ddim_steps)
     size = len(known[0]), cfg.horizon, known[0].shape[-1]
     k_start, k_steps = jax.random.split(key)
 
     def denoise(x, inputs):
-        step, abar, key = inputs
-        x0 = (x - jnp.sqrt(1 - abar) * guided(state, x, step.t, cfg)) / jnp.sqrt(abar)
+        step, key = inputs
+        x0 = guided(state, x, step.t, cfg)
         noise = cfg.temperature * step.std * jax.random.normal(key, size)
         x = step.x0 * x0.clip(state.low, state.high) + step.xt * x + noise
         return condition(x, known), None
 
     x = condition(cfg.temperature * jax.random.normal(k_start, size), known)
-    x, _ = jax.lax.scan(denoise, x, (steps, abar, jax.random.split(k_steps, len(steps.t))))
+    x, _ = jax.lax.scan(denoise, x, (steps, jax.random.split(k_steps, len(steps.t))))
     return x
 
 

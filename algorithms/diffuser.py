@@ -224,10 +224,9 @@ def schedule(steps):
     return np.cumprod(1 - (1 - f[1:] / f[:-1]).clip(max=0.999))
 
 
-def denoising(steps, ddim_steps=0, skip=0):
-    """The denoising steps: all of them by the posterior, or a few deterministic ones by DDIM;
-    without the `skip` noisiest."""
-    t = np.linspace(steps - skip - 1, 0, ddim_steps or steps - skip).round().astype(np.int32)
+def denoising(steps, ddim_steps=0):
+    """The denoising steps: all of them by the posterior, or a few deterministic ones by DDIM."""
+    t = np.linspace(steps - 1, 0, ddim_steps or steps).round().astype(np.int32)
     now = schedule(steps)[t]
     past = np.append(now[1:], 1.0)  # abar at the next lower time
     keep = now / past

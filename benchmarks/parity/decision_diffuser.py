@@ -1,8 +1,9 @@
 """Decision Diffuser compared with its authors' code.
 
 The peer: three steps of `Trainer` train `GaussianInvDynDiffusion` with `TemporalUnet` (losses of
-the noise and of the inverse dynamics, Adam, averaged weights); `conditional_sample` makes whole
-plans towards a return at low temperature, and its `inv_model` gives their first action.
+x_0, by `predict_epsilon=False`, and of the inverse dynamics, Adam, averaged weights);
+`conditional_sample` makes whole plans towards a return at low temperature, and its `inv_model`
+gives their first action.
 
 - Stubs replace environments, datasets, rendering, the logger and the command line.
 - torch returns our times and noise; the mask of the condition returns which windows we keep.
@@ -13,7 +14,6 @@ Differences removed for the comparison:
 - its loss is half the sum of the two: gradients are doubled before Adam, whose epsilon sees them
 - averaging of weights: `Trainer` averages at every step from the first, by its own arguments
 - padding: windows are complete
-- the first denoising step: t = T - 1, by `min_abar` 0
 - clipping of x_0: to [-1, 1], as the peer's data are scaled
 - upsampling: the peer's transposed convolution is replaced by ours, as in diffuser.py, where the
   two are compared
@@ -40,7 +40,7 @@ PEER = dict(
 UPDATES, PLANS, OBS, ACTION = 3, 2, 4, 2
 SETTINGS = dict(
     horizon=8, width=32, multiples=(1, 2), diffusion_steps=20, batch_size=4, lr=2e-4, ema=0.8,
-    drop=0.5, inverse_widths=(16, 16), target=0.9, guidance=1.2, temperature=0.5, min_abar=0.0,
+    drop=0.5, inverse_widths=(16, 16), target=0.9, guidance=1.2, temperature=0.5,
 )  # fmt: skip
 NETS = ("model", "inverse")
 BOUNDS = {"plan": 5e-5, "action": 5e-5}  # early steps divide rounding errors by sqrt(abar)
@@ -148,6 +148,7 @@ def network(inputs):
         level[2] = Upsample(level[2].conv.in_channels)
     diffusion = GaussianInvDynDiffusion(
         net, SETTINGS["horizon"], OBS, ACTION, SETTINGS["diffusion_steps"], clip_denoised=True,
+        predict_epsilon=False,
         hidden_dim=SETTINGS["inverse_widths"][0], returns_condition=True,
         condition_guidance_w=SETTINGS["guidance"],
     )  # fmt: skip
