@@ -43,7 +43,6 @@ SETTINGS = dict(
     drop=0.5, inverse_widths=(16, 16), target=0.9, guidance=1.2, temperature=0.5,
 )  # fmt: skip
 NETS = ("model", "inverse")
-BOUNDS = {"plan": 5e-5, "action": 5e-5}  # early steps divide rounding errors by sqrt(abar)
 
 
 def config():
