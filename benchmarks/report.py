@@ -23,7 +23,7 @@ from benchmarks.scores import figures
 from benchmarks.scores import tables as score_tables
 from benchmarks.scores.runs import NAMES, add, comparable_runs, finished, merge, short
 from benchmarks.speed import tables as speed_tables
-from benchmarks.studies import choosing, claims_pictures, online, settling
+from benchmarks.studies import choosing, claims_pictures, online, settling, sweep
 from common.experiment import statistics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -339,6 +339,7 @@ TABLES = {  # name in a page: what stands there
     "settling": lambda stored: settling_table(stored("settling")["runs"]),
     "settling models": lambda stored: model_table(stored("settling")["models"]),
     "settling checkpoints": lambda stored: checkpoint_table(stored("settling")["checkpoints"]),
+    "sweep": lambda stored: sweep.table(stored("sweep")),
     "planning": lambda stored: planning_table(stored("planning")["rows"]),
     "online": lambda stored: online.table(stored("online")),
     "choosing": lambda stored: choosing.table(stored("choosing")),

@@ -18,6 +18,7 @@ from benchmarks.scores import runs as score_runs
 from benchmarks.scores import tables as score_tables
 from benchmarks.speed import __main__ as speed
 from benchmarks.speed import tables as speed_tables
+from benchmarks.studies import sweep
 from common.experiment import statistics
 
 ROOT = Path(__file__).parents[2]
@@ -544,3 +545,24 @@ def test_the_table_of_ogbench_sorts_and_counts_solved_episodes():
     assert lines[2] == "| scene/play | FQL, alpha 1 | 9,000 | 1 x 2 † | 50 [0, 100]° | -6 |"
     assert lines[3] == "| scene/play | IQL | 9,000 | 2 x 2 † | 75 [50, 100] | -4 |"
     assert "° one seed" in lines[5] and "† preliminary" in lines[5]
+
+
+def test_a_sweep_is_of_runs_that_differ_in_one_setting():
+    def run(dataset, alpha, **change):
+        config = {"alpha": alpha, "lr": 0.1, "seed": 0, "num_updates": 9, **change}
+        return {
+            **{"algorithm": "fql", "folder": "a", "dataset": f"stillwater/{dataset}-v0"},
+            **{"config": config, "data": {"ref_min": 0.0, "ref_max": 200.0}},
+            **{"evaluations": {"5": [[20.0, 40.0], [60.0, 80.0]]}},
+            **{"command": "c", "commit": "0", "device": "CPU"},
+        }
+
+    runs = [run("b", 10.0), run("a", 10.0, num_updates=20), run("b", 0.3, seed=4)]
+    found = sweep.rows(runs, "alpha", 5)
+    assert found[2]["scores"] == [[10.0, 20.0], [30.0, 40.0]]
+    lines = sweep.table(found).splitlines()
+    assert lines[0] == "|  | updates | seeds x episodes | a | b |"
+    assert lines[2] == "| FQL, alpha 0.3 | 5 | 2 x 2 |  | 25.0 [15.0, 35.0] |"
+    assert lines[3] == "| FQL, alpha 10 | 5 | 2 x 2 | 25.0 [15.0, 35.0] | 25.0 [15.0, 35.0] |"
+    with pytest.raises(SystemExit, match="more than alpha: lr is 0.2"):
+        sweep.rows([*runs, run("b", 1.0, lr=0.2)], "alpha", 5)
