@@ -62,7 +62,7 @@ SHORT = {  # flags of three seeds on three datasets, some nights of two CPU core
     "diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
     " --plan-every 2 --ddim-steps 5 --samples 16 --eval-episodes 5",  # a cheap planner
     "decision_diffuser": "--num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4"
-    " --plan-every 2 --ddim-steps 5 --eval-episodes 5",
+    " --eval-episodes 5",
     "rlpd": "--num-updates 20000 --eval-every 2000",  # as many steps in the environment
 }
 FULL = dict.fromkeys(SHORT, "") | {"10%bc": "--fraction 0.1", "mbpo": "--penalty-scale 0"}

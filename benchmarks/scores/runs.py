@@ -55,7 +55,7 @@ SHORT = {  # flags of the short budget, see __main__
     "fql": ["widths"],
     "rvs": "batch-size widths".split(),
     "dt": ["warmup"],
-    "decision_diffuser": "batch-size lr plan-every ddim-steps".split(),
+    "decision_diffuser": "batch-size lr".split(),
     "diffuser": "batch-size lr plan-every ddim-steps samples".split(),
 }
 ROBOTS = ("HalfCheetah", "Hopper", "Walker2d", "Ant-")
