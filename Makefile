@@ -14,6 +14,8 @@ RUN_mopo := $(RUN_combo)
 RUN_cql := --num-updates 100000 --eval-every 5000 --num-actions 1
 RUN_diffuser := --num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4 --plan-every 2 \
 	--ddim-steps 5 --samples 16
+RUN_decision_diffuser := --num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4
+RUN_fql := --num-updates 100000 --eval-every 5000 --widths 256 256
 RUN_rvs := --num-updates 50000 --eval-every 5000 --batch-size 256 --widths 256 256
 RUN_dt := --num-updates 5000 --eval-every 1000 --warmup 1000
 RUN_iql := --num-updates 50000 --eval-every 5000
