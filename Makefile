@@ -16,6 +16,10 @@ RUN_diffuser := --num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4 
 	--ddim-steps 5 --samples 16
 RUN_decision_diffuser := --num-updates 16000 --eval-every 8000 --batch-size 32 --lr 5e-4
 RUN_fql := --num-updates 100000 --eval-every 5000 --widths 256 256
+RUN_cal_ql := $(RUN_cql)
+RUN_discrete_bcq := --num-updates 100000 --eval-every 5000 --widths 64 64
+RUN_discrete_cql := $(RUN_discrete_bcq)
+RUN_rlpd := --num-updates 20000 --eval-every 2000
 RUN_rvs := --num-updates 50000 --eval-every 5000 --batch-size 256 --widths 256 256
 RUN_dt := --num-updates 5000 --eval-every 1000 --warmup 1000
 RUN_iql := --num-updates 50000 --eval-every 5000

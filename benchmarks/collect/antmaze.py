@@ -15,7 +15,7 @@ goal, which ends the episode, else 0. The score is the percentage of episodes th
 Ctrl-C saves the walker's training, and the same command continues it. The result is a Minari
 dataset with its provenance, as of benchmarks.collect: `stillwater/antmaze-umaze/navigate-v0`.
 As D4RL's and OGBench's (arXiv:2410.20092): noise, and a walker by SAC on directions. Differs from
-D4RL: episodes begin anywhere and end at the goal or with a fall (a truncation).
+D4RL: episodes begin anywhere and end at the goal or after a fall (a truncation).
 """
 
 import json

@@ -147,8 +147,7 @@ def network(inputs):
         level[2] = Upsample(level[2].conv.in_channels)
     diffusion = GaussianInvDynDiffusion(
         net, SETTINGS["horizon"], OBS, ACTION, SETTINGS["diffusion_steps"], clip_denoised=True,
-        predict_epsilon=False,
-        hidden_dim=SETTINGS["inverse_widths"][0], returns_condition=True,
+        predict_epsilon=False, hidden_dim=SETTINGS["inverse_widths"][0], returns_condition=True,
         condition_guidance_w=SETTINGS["guidance"],
     )  # fmt: skip
     for name, pairs in layers(diffusion).items():

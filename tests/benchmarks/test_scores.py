@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -263,3 +264,23 @@ def test_files_for_discrete_actions_meet_their_datasets_alone(tmp_path):
     assert heads == ["deterministic", "categorical", "categorical"]
     alphas = [cell.config.alpha for cell in cells if cell.algorithm == "discrete_cql"]
     assert alphas == [0, 0, 1, 1]
+
+
+def test_make_run_is_no_longer_than_the_short_grid():
+    """The same flags, but for the evaluations; and no more updates."""
+    text = (ROOT / "Makefile").read_text("utf-8").replace("\\\n", " ")
+    own = dict(re.findall(r"^RUN_(\w+) := (.*)$", text, re.M))
+    usual = re.search(r"^RUN \?= .*,(--.*)\)$", text, re.M)[1]
+
+    def flags(line):
+        line = re.sub(r"\$\(RUN_(\w+)\)", lambda match: own[match[1]], line)
+        found = dict(re.findall(r"--(\S+) ((?:(?!--)\S+ ?)+)", line))
+        found = {name: value.strip() for name, value in found.items()}
+        skip = {"eval-every", "eval-episodes", "num-updates"}
+        return int(found["num-updates"]), {k: v for k, v in found.items() if k not in skip}
+
+    for name in [path.stem for path in (ROOT / "algorithms").glob("*.py")]:
+        if short := scores.SHORT.get(name):
+            updates, others = flags(own.get(name, usual))
+            at_most, expected = flags(short)
+            assert updates <= at_most and others == expected, name
