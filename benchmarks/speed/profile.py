@@ -1,7 +1,7 @@
 """What does an update spend its time on?
 
-    python -m benchmarks.speed.profile                        # CQL, COMBO, DT and Diffuser
-    python -m benchmarks.speed.profile --rows iql --steps 20  # one row, its twenty longest steps
+    python -m benchmarks.speed.profile              # CQL, COMBO, DT, Diffuser, Decision Diffuser
+    python -m benchmarks.speed.profile --rows iql   # this row; the file keeps the others
 
 The rows are those of benchmarks.speed, with one seed. XLA reports the time of each step of its
 program. A step is a matrix product, or elementwise work, sums and copies fused together; it counts
@@ -40,7 +40,7 @@ INSTRUCTION = re.compile(r" +(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.
 
 @dataclass(frozen=True)
 class Config:
-    rows: tuple[str, ...] = ("cql", "combo", "dt", "diffuser")  # rows of benchmarks.speed
+    rows: tuple[str, ...] = ("cql", "combo", "dt", "diffuser", "decision_diffuser")  # to profile
     steps: int = 8  # number of longest steps to list
     calls: int = 5  # calls of the program to trace
     cores: int = 1  # cores for each row
@@ -101,7 +101,7 @@ def steps(program, call, calls):
 def profile(name, cfg):
     """One row as plain data."""
     work = speed.work_of(name, seeds=1)
-    row = {"row": name, "ms": 1e3 * speed.median_time(work.call, 10, 15) / work.updates}
+    row = {"row": name, "seeds": 1, "ms": 1e3 * speed.median_time(work.call, 10, 15) / work.updates}
     rate = speed.products_rate(work.products)
     row["products_alone_ms"] = 1e3 * flops.total(work.products) / rate
     found = steps(work.program, work.call, cfg.calls)
@@ -114,10 +114,13 @@ def main(cfg: Config):
     if cfg.row:
         print(json.dumps(profile(cfg.row, cfg)))
         return
-    facts = experiment.machine() | {"cores": cfg.cores, "rows": []}
+    machine = experiment.machine()
+    facts = {x: machine[x] for x in ("versions", "device")} | {"cores": cfg.cores}
+    facts = speed.kept(Path(cfg.out), facts)
     for name in cfg.rows:
         words = ["--row", name, "--steps", str(cfg.steps), "--calls", str(cfg.calls)]
-        facts["rows"].append(row := speed.apart("benchmarks.speed.profile", words, cfg.cores))
+        row = speed.apart("benchmarks.speed.profile", words, cfg.cores)
+        speed.merge(facts["rows"], row | {"commit": machine["commit"]})
         print(f"{name}: {row['ms']:.1f} ms")
         for what, ms in row["kinds_ms"].items():
             print(f"  {ms:7.2f} {what}")
