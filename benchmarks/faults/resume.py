@@ -1,7 +1,7 @@
 """Kills runs at random moments, resumes them, and compares them with an uninterrupted run.
 
     python -m benchmarks.faults.resume                       # every algorithm, 10 kills each
-    python -m benchmarks.faults.resume --algorithms iql --kills 24
+    python -m benchmarks.faults.resume --algorithms iql --kills 24   # the file keeps the others
 
 Each trial starts the real command and kills it (SIGKILL) while it compiles, trains, evaluates, is
 between the metrics and the checkpoint, or writes the checkpoint. It is resumed with --resume and
@@ -222,13 +222,16 @@ def shake(algorithm, kills, folder):
 
 def main(cfg: Config):
     random.seed(cfg.seed)
-    rows = []
+    file, machine = Path(cfg.results), experiment.machine()
+    rows = json.loads(file.read_text("utf-8"))["rows"] if file.exists() else []
+    rows = {row["algorithm"]: row for row in rows}
+    own = {"seed": cfg.seed} | {x: machine[x] for x in ("versions", "commit", "device")}
     for algorithm in cfg.algorithms:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(shake(algorithm, cfg.kills, Path(folder)))
-        facts = {"seed": cfg.seed, **experiment.machine()}
-        Path(cfg.results).write_text(json.dumps({"rows": rows, **facts}, indent=1) + "\n", "utf-8")
-    if any(row["runs"] != row["runs_with_equal_bits"] for row in rows):
+            rows[algorithm] = shake(algorithm, cfg.kills, Path(folder)) | own
+        facts = {"rows": [rows[name] for name in sorted(rows)]}
+        file.write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
+    if any(rows[x]["runs"] != rows[x]["runs_with_equal_bits"] for x in cfg.algorithms):
         raise SystemExit("resumed runs differ")
 
 
