@@ -150,7 +150,7 @@ def kill(process, mark, phase, visit, seconds):
         if count == visit:
             time.sleep(random.uniform(0, seconds))
             process.kill()
-            process.wait()
+            process.communicate()  # waits, and closes its pipe
             return PHASES[mark.read_bytes()[0]]
         time.sleep(0.0002)
     return ""
