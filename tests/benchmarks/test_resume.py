@@ -1,7 +1,11 @@
 """Kills and resumption: a test for each family of methods, and that the kills hit what they say."""
 
 import importlib
+import json
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
 import tyro
@@ -40,6 +44,27 @@ def test_kills_hit_every_phase_and_twice_in_a_row():
     plan = resume.plan(8)
     assert set(plan) == set(resume.PHASES) - {0}
     assert plan[1::2] == [resume.COMPILING] * 4  # right after each of the others
+
+
+def test_a_killed_process_leaves_no_open_pipe(tmp_path):
+    (mark := tmp_path / "mark").write_bytes(bytes([resume.TRAINING]))
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert resume.kill(process, mark, resume.TRAINING, 1, 0.01) == "training"
+    assert process.returncode == -signal.SIGKILL and process.stderr.closed
+
+
+def test_the_file_keeps_the_rows_of_other_algorithms(tmp_path, monkeypatch):
+    def shake(name, kills, folder):
+        return {"algorithm": name, "kills": kills, "runs": 1, "runs_with_equal_bits": 1}
+
+    monkeypatch.setattr(resume, "shake", shake)
+    file = tmp_path / "resume.json"
+    for names, kills in ((("iql", "bc"), 3), (("iql",), 5)):
+        resume.main(resume.Config(algorithms=names, kills=kills, results=str(file)))
+    rows = json.loads(file.read_text("utf-8"))["rows"]
+    assert [(row["algorithm"], row["kills"]) for row in rows] == [("bc", 3), ("iql", 5)]
+    assert all(row["commit"] and row["versions"] for row in rows)
 
 
 def test_an_outcome_is_all_that_equal_runs_share(tmp_path):
